@@ -1,0 +1,1 @@
+"""One architecture a file, hand-written, loading the public safetensors layouts."""

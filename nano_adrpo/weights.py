@@ -1,0 +1,169 @@
+"""Model files: safetensors (one file, or shards with an index) and the JSON beside them.
+
+Every model is loaded the same way: build it on the meta device from its config, stream the file's tensors through the
+layout's key map, check each name and shape against the model, assign. Nothing is unpickled, nothing from a checkpoint is
+run, and every file is written whole or not at all.
+"""
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
+
+
+class Checkpoint:
+    """The tensors of a `.safetensors` file, or of a model folder: `STEM.safetensors`, its fp16 variant, or the shards that
+    `STEM.safetensors.index.json` lists. Opening reads the headers only; `read` reads one tensor.
+
+    Raises FileNotFoundError where a file is missing, ValueError where one is damaged or where index and shards disagree.
+    """
+
+    def __init__(self, path, stem="model"):
+        self.path = Path(path)
+        self.files = {file: _open(file) for file in _files(self.path, stem)}
+        self.home = {key: file for file, opened in self.files.items() for key in opened.keys()}
+        index = self.path / f"{stem}.safetensors.index.json"
+        if len(self.files) > 1 and (listed := set(read_json(index)["weight_map"])) != set(self.home):
+            key = min(listed ^ set(self.home))
+            raise ValueError(f"{index}: key '{key}' is {'listed but in no shard' if key in listed else 'in a shard but not listed'}")
+        headers = {key: self.files[file].get_slice(key) for key, file in self.home.items()}
+        self.shapes = {key: tuple(header.get_shape()) for key, header in headers.items()}
+        self.dtypes = {key: DTYPES.get(header.get_dtype()) for key, header in headers.items()}
+        if None in self.dtypes.values():
+            key = next(key for key, dtype in self.dtypes.items() if dtype is None)
+            raise ValueError(f"{self.home[key]}: key '{key}' has dtype {headers[key].get_dtype()}; expected one of {', '.join(DTYPES)}")
+
+    def read(self, key, device=None):
+        """The tensor under `key`, as stored; on the meta device nothing is read."""
+        if torch.device(device or "cpu").type == "meta":
+            return torch.empty(self.shapes[key], dtype=self.dtypes[key], device="meta")
+        return self.files[self.home[key]].get_tensor(key).to(device or "cpu")
+
+
+def _files(path, stem):
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a model folder or a .safetensors file")
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+        if (path / name).is_file():
+            return [path / name]
+    index = path / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{path}: no {stem}.safetensors and no {index.name} in this folder (pickled .bin files are not read)")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: expected a 'weight_map' from keys to shard files")
+    for shard in sorted(set(weight_map.values())):
+        if not (path / shard).is_file():
+            raise FileNotFoundError(f"{path / shard}: no such file; {index.name} lists it")
+    return [path / shard for shard in sorted(set(weight_map.values()))]
+
+
+def _open(file):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def load(model, checkpoint, dtype=None, device=None, convert=lambda key, read: {key: read()}, keys=None):
+    """Fills `model`, built on the meta device, from `checkpoint`, and returns it.
+
+    convert   (key in the file, function that reads its tensor) -> {name in the model: tensor}; {} drops the key
+    keys      the keys to read, None for all
+    dtype     None keeps the file's dtype; where a file mixes several, all become the narrowest that holds each
+    device    None is the CPU; "meta" checks names and shapes against the headers and reads no tensor
+
+    Raises ValueError naming the file and the key for an unknown, missing or misshapen tensor.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    keys = list(checkpoint.home if keys is None else keys)
+    if dtype is None:
+        stored = [checkpoint.dtypes[key] for key in keys if checkpoint.dtypes[key].is_floating_point]
+        dtype = functools.reduce(torch.promote_types, stored, stored[0]) if stored else torch.float32
+    tensors = {}
+    for key in keys:
+        where = f"{checkpoint.home[key]}: key '{key}'"
+        for name, tensor in convert(key, lambda: checkpoint.read(key, device)).items():
+            if name not in expected:
+                raise ValueError(f"{where} is not part of {type(model).__name__}")
+            if tuple(tensor.shape) != expected[name]:
+                raise ValueError(f"{where} has shape {list(tensor.shape)}; expected {list(expected[name])}")
+            tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    if missing := [name for name in expected if name not in tensors]:
+        raise ValueError(f"{checkpoint.path}: key '{missing[0]}' is missing ({len(missing)} of {len(expected)} keys are)")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.eval()
+
+
+def save(file, tensors):
+    """Writes {name: tensor} as one safetensors file, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _replace(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+
+def save_model(folder, model, config, stem="model"):
+    """Writes a model folder: config.json and STEM.safetensors."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save(Path(folder) / f"{stem}.safetensors", model.state_dict())
+    write_json(Path(folder) / "config.json", config)
+
+
+def write_json(file, value):
+    """Writes `value` as JSON, whole or not at all."""
+    _replace(file, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def _replace(file, write):
+    # A new name, flushed to the disk, then renamed over the old file: at every instant one whole version exists.
+    file = Path(file)
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(file):
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError where it is no JSON object."""
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return value
+
+
+def parse_config(cls, values, where):
+    """A config dataclass from a config.json's values. A field without default must be there, a number must be a number;
+    keys that the dataclass does not have are another program's business and are passed over."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}: key '{name}' is missing")
+        if name in values and field.type in (int, float) and (
+            isinstance(values[name], bool) or not isinstance(values[name], (int, field.type)) or values[name] <= 0
+        ):
+            raise ValueError(f"{where}: key '{name}' is {values[name]!r}; expected a positive {field.type.__name__}")
+    try:
+        return cls(**{name: values[name] for name in fields if name in values})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
