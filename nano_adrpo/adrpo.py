@@ -1,0 +1,163 @@
+"""ADRPO, the paper (Adaptive Divergence Regularized Policy Optimization, NeurIPS 2025, arXiv 2510.18053).
+
+    loss = L_RL + (β0 − A) · L_D            A: advantage of the sample, β0: baseline strength
+
+A sample better than its group is regularised less (exploit), a worse one more (stay near the reference). Everything here is
+a pure function of tensors. Every flow method but DPO is `flow_loss` with other coefficients:
+
+    method             weight                          beta
+    RAFT               best_of_group(R)                0
+    ORW-CFM-W2         reward_weights(R, τ)            β
+    fixed β            A = clamp_advantages(A, β0)     β0
+    ADRPO-FM (Eq. 6)   A = clamp_advantages(A, β0)     adaptive_beta(A, β0) = β0 − A
+
+Conventions. t = 0 is noise x0 ~ N(0, I), t = 1 is data x1. The samples of one prompt are contiguous: N = prompts × group size,
+group g is rows g·G … g·G + G − 1. A squared error is the mean over a sample's elements, so that losses do not grow with the
+resolution. Float64 stays float64; everything else is computed in float32.
+
+Where this departs from the paper's formulas, or they leave a choice:
+  * The advantage is clamped to [A_min, A_max], by default ±β0, before it enters β (the paper's Table 3), and in the flow loss
+    the same clamped A stands in both terms: then the curvature in v is A + (β0 − A) = β0 whatever A is, and the pointwise
+    minimum is v_ref + E[A·(u − v_ref)] / β0. The page theory.md says what repeated rounds of this converge to.
+  * A in the flow loss is R − mean, in units of the reward: β0 is in those units too, and under Adam, which divides any common
+    factor out, only A/β0 matters.
+"""
+import torch
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------ advantages and adaptive β
+
+
+def group_advantages(rewards, group_size, normalize=False):
+    """A_i = R_i − mean of its group's R, the advantage of Eqs. 6 and 7, [N].
+
+    rewards     [N], N a multiple of group_size
+    normalize   False: in units of the reward (flow). True: divided by the group's unbiased standard deviation + 1e-4 (GRPO)
+
+    A group whose rewards are all equal has A = 0 exactly. Raises ValueError where the rewards do not form groups of ≥ 2.
+
+    >>> group_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), group_size=2)
+    tensor([-1.,  1.,  0.,  0.])
+    """
+    groups = _groups(rewards, group_size)  # [N/G, G]
+    groups = groups - groups[:, :1]  # equal rewards become exact zeros, and a large common offset costs no digits
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if normalize:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-4)
+    return advantages.flatten()
+
+
+def clamp_advantages(advantages, beta0, clip=None):
+    """A clamped to [A_min, A_max].
+
+    beta0   baseline strength β0 > 0, in the advantage's units
+    clip    (A_min, A_max), or a number c for ±c, or None for ±β0, the paper's recommendation
+    """
+    if not beta0 > 0:
+        raise ValueError(f"beta0 is {beta0}; expected a positive number")
+    clip = beta0 if clip is None else clip
+    low, high = clip if isinstance(clip, (tuple, list)) else (-clip, clip)
+    if not low <= high:
+        raise ValueError(f"the advantage's range is [{low}, {high}]; expected A_min ≤ A_max")
+    return _float(advantages).clamp(low, high)
+
+
+def adaptive_beta(advantages, beta0, clip=None):
+    """β0 − clamp(A), the coefficient of the divergence in Eqs. 6 and 7; clip as in `clamp_advantages`.
+
+    >>> adaptive_beta(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]), beta0=2.0)
+    tensor([4., 3., 2., 1., 0.])
+    """
+    return beta0 - clamp_advantages(advantages, beta0, clip)
+
+
+# ------------------------------------------------------------------------------------------------------------ flow matching
+
+
+def interpolate(x0, x1, t):
+    """The straight path of flow matching: x_t = (1 − t)·x0 + t·x1 and its velocity u = x1 − x0.
+
+    x0, x1   [N, ...], noise and data
+    t        [N], in [0, 1]
+    returns  x_t and u, both [N, ...]
+    """
+    t = t.reshape(-1, *[1] * (x1.dim() - 1))  # [N, 1, ...]
+    return (1 - t) * x0 + t * x1, x1 - x0
+
+
+def flow_loss(v, u, v_ref, weight, beta):
+    """mean_i[ weight_i·|v − u|²_i + beta_i·|v − v_ref|²_i ]: Eq. 6 and its baselines (table above). Scalar.
+
+    v, u, v_ref    [N, ...], policy's velocity, target x1 − x0, reference's velocity; |·|² is the mean over all but N
+    weight, beta   [N] or a number
+
+    The first term is L_RL, the second L_D: the bound E|v − v_ref|² on the squared Wasserstein-2 distance (ORW-CFM-W2,
+    arXiv 2502.06061), up to a Lipschitz factor. The reference gets no gradient.
+    """
+    loss = _coefficient(weight, v) * squared_error(v, u) + _coefficient(beta, v) * squared_error(v, v_ref.detach())  # [N]
+    return loss.mean()
+
+
+def squared_error(a, b):
+    """|a − b|², the mean over all dimensions but the first: [N, ...] -> [N]."""
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {list(a.shape)} and {list(b.shape)} differ")
+    return (_float(a) - _float(b)).square().flatten(1).mean(dim=1)
+
+
+def reward_weights(rewards, tau, group_size):
+    """ORW-CFM-W2's ω = exp(τ·R), normalised to mean 1 within each group: G · softmax(τ·R). [N] -> [N].
+
+    The normalisation keeps a prompt of high rewards from outweighing the others, and the loss's scale from growing with τ.
+    """
+    groups = _groups(rewards, group_size)
+    return (group_size * torch.softmax(tau * groups, dim=1)).flatten()
+
+
+def best_of_group(rewards, group_size):
+    """RAFT's weight: 1 for the best sample of each group (the first of equals), 0 for the others. [N] -> [N]."""
+    groups = _groups(rewards, group_size)
+    return F.one_hot(groups.argmax(dim=1), group_size).to(groups.dtype).flatten()
+
+
+def flow_dpo_loss(v, u, v_ref, winner, loser, beta_dpo):
+    """DPO for flows (Wallace et al. 2023, arXiv 2311.12908, Eq. 14, with the flow's squared error). Scalar.
+
+        − mean_p log σ( −β_dpo · [ (|v − u|² − |v_ref − u|²)_winner − (|v − u|² − |v_ref − u|²)_loser ] )
+
+    v, u, v_ref     [N, ...] as in `flow_loss`
+    winner, loser   [P], rows of the better and the worse sample of each pair (`best_and_worst`)
+    beta_dpo        strength, in 1 / squared velocity per element
+    """
+    v_ref = v_ref.detach()
+    excess = squared_error(v, u) - squared_error(v_ref, u)  # [N]
+    return -F.logsigmoid(-beta_dpo * (excess[winner] - excess[loser])).mean()
+
+
+def best_and_worst(rewards, group_size):
+    """DPO's pairs: the rows of the best and of the worst sample of each group, two [N/G]."""
+    groups = _groups(rewards, group_size)
+    first = torch.arange(len(groups), device=groups.device) * group_size
+    return first + groups.argmax(dim=1), first + groups.argmin(dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------------- shared
+
+
+def _float(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _groups(rewards, group_size):
+    if group_size < 2:
+        raise ValueError(f"group_size is {group_size}; expected at least 2, since an advantage compares samples of one prompt")
+    if rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
+        raise ValueError(f"rewards have shape {list(rewards.shape)}; expected [N] with N a multiple of group_size = {group_size}")
+    return _float(rewards).reshape(-1, group_size)
+
+
+def _coefficient(value, v):
+    # A number, or one value per sample: anything else would broadcast silently into another loss.
+    if isinstance(value, torch.Tensor) and value.dim() and value.shape != v.shape[:1]:
+        raise ValueError(f"a coefficient has shape {list(value.shape)}; expected a number or [{len(v)}]")
+    return value

@@ -1,0 +1,90 @@
+"""What a training script needs around its loop: options, errors, the run folder, progress."""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Parser(argparse.ArgumentParser):
+    """Options are refused unless spelt in full, and a refusal is one line."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(main):
+    """Calls a script's main(); what it refuses becomes one line `error: …` and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def positive(kind):
+    """An argparse type: a finite int or float above zero."""
+
+    def parse(text):
+        value = kind(text)
+        if not (value > 0 and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's messages name it
+    return parse
+
+
+def device(name):
+    """An argparse type: a torch device that this machine has."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"device {name!r} is not available ({str(error).splitlines()[0]})") from None
+    return name
+
+
+def open_run_folder(path):
+    """Creates an empty folder for a run's files; one that holds any is refused, so that no run writes over another."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"--out {path}: the folder is not empty; expected a new or empty one")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {path}: cannot write there ({error.strerror})") from None
+    return path
+
+
+class Log:
+    """metrics.jsonl, one JSON object a line, and a line on the console with rate and time left.
+
+    The file holds no clock readings, so that two runs of one seed write the same bytes.
+    """
+
+    def __init__(self, file, steps):
+        self.file, self.steps, self.start = Path(file), steps, time.monotonic()
+
+    def write(self, step, values):
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"round": step, **values}) + "\n")
+        numbers = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if not isinstance(value, dict))
+        seconds = time.monotonic() - self.start
+        left = seconds / step * (self.steps - step) if step else math.nan
+        print(f"round {step}/{self.steps}  {numbers}  {step / seconds:.2f} rounds/s  {left:.0f} s left", flush=True)
