@@ -203,8 +203,10 @@ def main(argv=None):
             rows = torch.randint(len(run.prompts), (args.prompts_per_round,), generator=run.generator)
             rows = rows.repeat_interleave(args.group_size)  # [N], the samples of one prompt contiguous
             x1, _, rewards = run.roll_out(rows, run.noise(len(rows), run.generator))  # x1 ~ p_θ of this round
-            spread = rewards.reshape(-1, args.group_size).std(dim=1).mean()
-            values = {"reward": rewards.mean().item(), "reward_std": spread.item(), **run.update(rows, x1, rewards)}
+            spread = rewards.reshape(-1, args.group_size).std(dim=1).mean().item()
+            if step == 1:
+                print(f"β0 = {args.beta0:g}; the reward's standard deviation within a group is {spread:.3g} (A has its unit)")
+            values = {"reward": rewards.mean().item(), "reward_std": spread, **run.update(rows, x1, rewards)}
             if step % args.eval_every == 0 or step == args.rounds:
                 values["eval"], after = run.evaluate()
                 run.policy.save_pretrained(out / "model")
@@ -213,11 +215,21 @@ def main(argv=None):
             raise FloatingPointError(f"round {step}: {error}; last good checkpoint: {saved}") from None
         log.write(step, values)
 
-    print("\n".join(f"{name:16s} {first[name]:8.4f} -> {values['eval'][name]:8.4f}" for name in first))
-    shown = slice(10 * args.eval_samples)
-    plots.grids(out / "before_after.png", {"before": before[shown], "after": after[shown]}, run.prompts[:10])
+    last = values["eval"]
+    print("\n".join(f"{name:16s} {first[name]:8.4f} -> {last[name]:8.4f}" for name in first))
+    picture(run, out / "before_after.png", before=(first, before), after=(last, after))
     plots.curves(out / "curves.png", out / "metrics.jsonl")
-    return values["eval"]
+    return last
+
+
+def picture(run, file, **panels):
+    """The samples of ten prompts, evenly spread, from one evaluation a panel."""
+    size = run.args.eval_samples
+    shown = torch.linspace(0, len(run.prompts) - 1, min(10, len(run.prompts))).long()
+    rows = (shown[:, None] * size + torch.arange(size)).flatten()
+    title = "{}: " + ", ".join(f"{name} {{{name}:.3g}}" for name in ("reward", "joint") if name != "joint" or run.judge)
+    grids = {title.format(name, **values): images[rows] for name, (values, images) in panels.items()}
+    plots.grids(file, grids, [run.prompts[row] for row in shown])
 
 
 def read_prompts(file):

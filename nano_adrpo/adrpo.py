@@ -11,6 +11,11 @@ a pure function of tensors. Every flow method but DPO is `flow_loss` with other 
     fixed β            A = clamp_advantages(A, β0)     β0
     ADRPO-FM (Eq. 6)   A = clamp_advantages(A, β0)     adaptive_beta(A, β0) = β0 − A
 
+and both LLM methods are `policy_loss`:
+
+    GRPO (Eq. 3)           –                           β
+    ADRPO-GRPO (Eq. 7)     –                           adaptive_beta(A, β0) = β0 − A
+
 Conventions. t = 0 is noise x0 ~ N(0, I), t = 1 is data x1. The samples of one prompt are contiguous: N = prompts × group size,
 group g is rows g·G … g·G + G − 1. A squared error is the mean over a sample's elements, so that losses do not grow with the
 resolution. Float64 stays float64; everything else is computed in float32.
@@ -20,7 +25,8 @@ Where this departs from the paper's formulas, or they leave a choice:
     the same clamped A stands in both terms: then the curvature in v is A + (β0 − A) = β0 whatever A is, and the pointwise
     minimum is v_ref + E[A·(u − v_ref)] / β0. The page theory.md says what repeated rounds of this converge to.
   * A in the flow loss is R − mean, in units of the reward: β0 is in those units too, and under Adam, which divides any common
-    factor out, only A/β0 matters.
+    factor out, only A/β0 matters. A in the LLM loss is normalised, so β0 is a pure number (0.04 in the paper).
+  * The policy-gradient term of Eq. 7 takes A as it is, unclamped; GRPO's k3 is the default KL.
 """
 import torch
 import torch.nn.functional as F
@@ -139,6 +145,67 @@ def best_and_worst(rewards, group_size):
     groups = _groups(rewards, group_size)
     first = torch.arange(len(groups), device=groups.device) * group_size
     return first + groups.argmax(dim=1), first + groups.argmin(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------- language models
+
+
+def policy_loss(
+    logp, old_logp, ref_logp, mask, advantages, beta, clip_eps=0.2, kl="k3", average="sequences", total=None
+):  # fmt: skip
+    """PPO's clipped policy gradient + beta_i · KL_i: Eq. 3 (GRPO, beta a number) and Eq. 7 (ADRPO-GRPO, beta =
+    `adaptive_beta(advantages, β0)`); nothing else differs between the two. Scalar.
+
+        − min(A·ratio, A·clip(ratio, 1 − ε, 1 + ε)) + beta·KL     per token, ratio = π_θ / π_θold
+
+    logp, old_logp, ref_logp   [N, T], log-probabilities of the sampled tokens in nats: the policy's now, the policy's when it
+                               sampled, the reference's. Only the first gets a gradient
+    mask                       [N, T], 1 at tokens of the completion (its end token included), 0 elsewhere
+    advantages                 [N], `group_advantages(rewards, G, normalize=True)`; not clamped here
+    beta                       a number or [N]
+    kl                         estimator of `kl_divergence`
+    average                    "sequences": mean over sequences of each one's mean over its tokens (GRPO's paper), in which a token
+                               of a short answer weighs more. "tokens": mean over all tokens
+    total                      how many sequences, or tokens, to divide by; None: those of this call. A micro-batch passes the
+                               whole batch's number, and the losses of the parts then add up to the batch's
+    """
+    if average not in ("sequences", "tokens"):
+        raise ValueError(f"average is {average!r}; expected 'sequences' or 'tokens'")
+    if not logp.shape == old_logp.shape == ref_logp.shape == mask.shape:
+        raise ValueError(f"logp, old_logp, ref_logp and mask have shapes {', '.join(str(list(x.shape)) for x in (logp, old_logp, ref_logp, mask))}; expected one")  # fmt: skip
+    A = _float(_coefficient(advantages, logp))[:, None]  # [N, 1]
+    beta = _coefficient(beta, logp)
+    beta = beta[:, None] if isinstance(beta, torch.Tensor) and beta.dim() else beta
+    mask = mask.bool()
+    # What stands at padding is not defined: it is taken out before exp could overflow.
+    logp, old_logp, ref_logp = (_float(x).masked_fill(~mask, 0) for x in (logp, old_logp.detach(), ref_logp.detach()))
+    ratio = (logp - old_logp).exp()  # [N, T]
+    gradient_term = -torch.minimum(A * ratio, A * ratio.clamp(1 - clip_eps, 1 + clip_eps))
+    loss = (gradient_term + beta * kl_divergence(logp, ref_logp, kl)) * mask  # [N, T]
+    if average == "tokens":
+        return loss.sum() / (total or mask.sum().clamp(min=1))
+    return (loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / (total or len(loss))
+
+
+def kl_divergence(logp, ref_logp, estimator="k3"):
+    """Estimates of KL(π_θ ‖ π_ref) per token, in nats, from tokens sampled by π_θ (Schulman 2020, "Approximating KL
+    divergence"). logp, ref_logp like each other -> the same shape.
+
+    With r = π_ref/π_θ of the sampled token. "Gradient" is the mean of the estimator's derivative over tokens of π_θ, which is
+    what a loss that contains it follows:
+
+        k1   −log r            unbiased          gradient 0: E[∇ log π_θ] = 0, so as a loss it regularises nothing
+        k2   (log r)² / 2      biased, ≥ 0       gradient of KL(π_θ ‖ π_ref), the reverse KL's, exactly
+        k3   r − 1 − log r     unbiased, ≥ 0     mean of (1 − π_ref/π_θ)·∇ log π_θ: of KL(π_ref ‖ π_θ), the forward KL's
+    """
+    log_r = ref_logp.detach() - logp
+    if estimator == "k1":
+        return -log_r
+    if estimator == "k2":
+        return log_r.square() / 2
+    if estimator == "k3":
+        return log_r.exp() - 1 - log_r
+    raise ValueError(f"estimator is {estimator!r}; expected 'k1', 'k2' or 'k3'")
 
 
 # ------------------------------------------------------------------------------------------------------------------- shared

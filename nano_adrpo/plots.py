@@ -4,6 +4,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import torch.nn.functional as F
+
 
 def pyplot(file):
     """matplotlib's pyplot, or None and a line on the console. It is no dependency, hence the import by name."""
@@ -24,10 +26,11 @@ def grids(file, panels, prompts):
     figure, axes = plt.subplots(1, len(panels), figsize=(2 + 4 * len(panels), 0.55 * len(prompts) + 0.5), squeeze=False)
     for column, (axis, (title, images)) in enumerate(zip(axes[0], panels.items())):
         grid = ((images.clamp(-1, 1) + 1) / 2).unflatten(0, (len(prompts), -1))  # [P, G, C, H, W]
+        grid = F.pad(grid, (1, 1, 1, 1))  # a gap between neighbours
         height, width = grid.shape[-2:]
         grid = grid.permute(0, 3, 1, 4, 2).reshape(len(prompts) * height, -1, grid.shape[2])  # [P·H, G·W, C]
         axis.imshow(grid.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axis.set_title(title)
+        axis.set_title(title, fontsize=10)
         axis.set_xticks([])
         axis.set_yticks([height * (row + 0.5) for row in range(len(prompts))] if column == 0 else [], prompts if column == 0 else [])
     save(plt, figure, file)
@@ -63,5 +66,5 @@ def trajectory(axis, evaluations, x, y, color, label=None):
 
 def save(plt, figure, file):
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=100, bbox_inches="tight")
     plt.close(figure)

@@ -166,9 +166,9 @@ class TextTower(nn.Module):
             raise ValueError(f"the prompt has {length} tokens; expected at most {len(positions)}")
         attends = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()  # [L, L], causal
         if mask is not None:
-            # A padding token still sees itself: a row that sees nothing would be NaN.
-            own = torch.eye(length, dtype=torch.bool, device=ids.device)
-            attends = (attends & (mask.bool()[:, None, None] | own))  # [B, 1, L, L]
+            attends = attends & mask.bool()[:, None, None]  # [B, 1, L, L]
+            # Padding before the first token sees nothing, which would be NaN: let it see itself.
+            attends = attends | (torch.eye(length, dtype=torch.bool, device=ids.device) & ~attends.any(dim=-1, keepdim=True))
         hidden, last = self.encoder(self.embeddings["token_embedding"](ids) + positions[:length], attends)
         # The first end-of-text token. Configs from before 2023 call it 2, and it is then the highest id of the row.
         end = ids.argmax(dim=1) if self.eos == 2 else (ids == self.eos).int().argmax(dim=1)

@@ -1,0 +1,47 @@
+"""Metrics against numbers by hand and closed forms."""
+import math
+
+import pytest
+import torch
+
+from nano_adrpo import metrics
+
+
+def test_group_diversity_by_hand():
+    # first prompt: a 3-4-5 triangle, mean side 4; second: three equal points
+    features = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 4.0], [7.0, 7.0], [7.0, 7.0], [7.0, 7.0]])
+    assert metrics.group_diversity(features, 3) == pytest.approx((4 + 0) / 2)
+    with pytest.raises(ValueError, match="6 samples do not form groups of 4"):
+        metrics.group_diversity(features, 4)
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.group_diversity(features, 1)
+
+
+def test_w2_divergence_by_hand():
+    v = torch.zeros(2, 1, 2)
+    assert metrics.w2_divergence(v, torch.tensor([[[1.0, 1.0]], [[0.0, 2.0]]])) == (1 + 2) / 2
+
+
+def test_frechet_distance_between_gaussians():
+    # Samples whose mean and unbiased covariance are exact: whiten a draw, then map it. For covariances that commute,
+    # the distance is |μa − μb|² + Σ(√λa − √λb)².
+    def sample(mean, scales, n=50):
+        x = torch.randn(n, 3, generator=torch.Generator().manual_seed(int(sum(scales) * 10)), dtype=torch.float64)
+        x = x - x.mean(dim=0)
+        x = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False).T
+        return x * torch.tensor(scales) + torch.tensor(mean)
+
+    a, b = sample([1.0, 0.0, 2.0], [1.0, 2.0, 0.0]), sample([0.0, 0.0, 0.0], [3.0, 0.5, 1.0])
+    assert metrics.frechet_distance(a, b) == pytest.approx(1 + 4 + (1 - 3) ** 2 + (2 - 0.5) ** 2 + 1, rel=1e-9)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    # and one pair that does not commute: tr (Σa·Σb)^½ from the eigenvalues of the 2 × 2 product, Σa = diag(4, 1), Σb = [[2, 1], [1, 2]]
+    p = sample([0.0, 0.0, 0.0], [2.0, 1.0, 1.0])[:, :2]
+    q = sample([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])[:, :2] @ torch.linalg.cholesky(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)).T
+    trace, determinant = 8 + 2, 4 * 3  # of Σa·Σb; (√λ1 + √λ2)² = trace + 2·√determinant
+    assert metrics.frechet_distance(p, q) == pytest.approx(5 + 4 - 2 * math.sqrt(trace + 2 * math.sqrt(determinant)), rel=1e-9)
+
+
+def test_mean_and_standard_error_by_hand():
+    mean, error = metrics.mean_and_standard_error([1.0, 2.0, 6.0])
+    assert mean == 3 and error == pytest.approx(math.sqrt(7) / math.sqrt(3))  # variance 14/2
+    assert math.isnan(metrics.mean_and_standard_error([1.0])[1])

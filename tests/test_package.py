@@ -1,0 +1,46 @@
+"""What the package promises about itself: four dependencies, no pickle, no network, no machine's paths."""
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "nano_adrpo").rglob("*.py"))
+ALLOWED = {"torch", "safetensors", "tokenizers", "numpy", "nano_adrpo"} | sys.stdlib_module_names
+FORBIDDEN = {"pickle", "marshal", "shelve", "socket", "urllib", "http", "ftplib", "ssl"}
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module.split(".")[0]
+
+
+def test_the_package_imports_four_libraries_and_the_standard_one():
+    assert len(SOURCES) > 10
+    used = {name: file for file in SOURCES for name in imports(file)}
+    assert not {name: str(file) for name, file in used.items() if name not in ALLOWED or name in FORBIDDEN}
+    assert {"torch", "safetensors", "tokenizers"} <= used.keys()
+
+
+def test_nothing_unpickles_or_evaluates_text():
+    for file in [*SOURCES, *ROOT.glob("train_*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in {"torch.load", "torch.save", "eval", "exec", "compile", "__import__"}, f"{file}: {name}"
+
+
+def test_only_plots_names_a_library_beyond_the_four():
+    # plots.py finds matplotlib by name, because it is optional; nobody else may.
+    assert [file.name for file in SOURCES if "import_module(" in file.read_text(encoding="utf-8")] == ["plots.py"]
+
+
+def test_pins_stand_in_one_place():
+    pinned = re.compile(r"torch\s*==")
+    holders = [f for f in ROOT.rglob("*") if f.suffix in {".py", ".toml", ".txt", ".md", ".yml"} or f.name == "run"]
+    holders = [f for f in holders if ".venv" not in f.parts and f != Path(__file__) and pinned.search(f.read_text(encoding="utf-8"))]
+    assert [f.name for f in holders] == ["constraints.txt"]

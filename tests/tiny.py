@@ -1,0 +1,114 @@
+"""Tiny checkpoints for the tests: weights that a seed fixes, and files written without this project's code."""
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+MMDIT = dict(
+    sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=64, num_attention_heads=2,
+    joint_attention_dim=20, caption_projection_dim=128, pooled_projection_dim=12, pos_embed_max_size=10,
+)  # fmt: skip
+MMDIT_STYLES = {
+    "sd3-medium": MMDIT,
+    "sd3.5-medium": MMDIT | dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+    "sd3.5-large": MMDIT | dict(qk_norm="rms_norm"),
+}
+CLIP_TEXT = dict(
+    vocab_size=99, hidden_size=32, intermediate_size=48, projection_dim=24, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=16,
+)  # fmt: skip
+CLIP_VISION = dict(
+    hidden_size=40, intermediate_size=48, projection_dim=24, num_hidden_layers=2, num_attention_heads=4, image_size=12, patch_size=4
+)
+CLIP_STYLES = {"openai": dict(hidden_act="quick_gelu", eos_token_id=2), "laion": dict(hidden_act="gelu", eos_token_id=90)}
+
+
+def fill(model, seed=0, std=0.15):
+    """The same weights for the same names and shapes, whoever wrote the model class; buffers stay."""
+    for name, parameter in sorted(model.named_parameters()):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + sum(name.encode()) * 31 + parameter.numel())
+        with torch.no_grad():
+            values = std * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values + 1 if "norm" in name and name.endswith("weight") and parameter.dim() == 1 else values)
+    return model.eval()
+
+
+def mmdit_inputs(height=8, width=12):
+    generator = torch.Generator().manual_seed(7)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return draw(4, 4, height, width), torch.tensor([0.0, 0.3, 0.875, 1.0]), draw(4, 5, 20), draw(4, 12)
+
+
+def clip_inputs():
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 80, (3, 9), generator=generator)
+    ids[0, 5:], ids[1, 7:], ids[2, 8:] = 98, 98, 98  # padded with the highest id
+    ids[0, 4], ids[1, 6], ids[2, 7] = 90, 90, 90
+    return ids, torch.randn(3, 3, 12, 12, generator=generator)
+
+
+def write_json(file, value):
+    Path(file).write_text(json.dumps(value))
+
+
+def headers_only(file, shapes, dtype="F16"):
+    """A safetensors file of full size by its header, whose data take no disk space (a sparse file of zeros)."""
+    width, offset, header = {"F16": 2, "BF16": 2, "F32": 4}[dtype], 0, {}
+    for name, shape in shapes.items():
+        end = offset + width * math.prod(shape)
+        header[name], offset = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}, end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + offset)
+
+
+def shards(folder, tensors, stem, count=3):
+    """A sharded checkpoint with its index."""
+    names, weight_map = sorted(tensors), {}
+    for i in range(count):
+        file = f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+        save_file({name: tensors[name].contiguous() for name in names[i::count]}, Path(folder) / file)
+        weight_map |= {name: file for name in names[i::count]}
+    write_json(Path(folder) / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def to_stability(tensors, layers, dual=()):
+    """diffusers' SD3 keys -> Stability's, spelt out: the reverse of what the loader does, written without it."""
+    out, t = {}, dict(tensors)
+    out["pos_embed"] = t["pos_embed.pos_embed"]
+    for kind in ("weight", "bias"):
+        swap = lambda x: torch.cat([x[len(x) // 2 :], x[: len(x) // 2]])  # noqa: E731
+        out[f"x_embedder.proj.{kind}"] = t[f"pos_embed.proj.{kind}"]
+        out[f"context_embedder.{kind}"] = t[f"context_embedder.{kind}"]
+        for i, layer in ((0, 1), (2, 2)):
+            out[f"t_embedder.mlp.{i}.{kind}"] = t[f"time_text_embed.timestep_embedder.linear_{layer}.{kind}"]
+            out[f"y_embedder.mlp.{i}.{kind}"] = t[f"time_text_embed.text_embedder.linear_{layer}.{kind}"]
+        out[f"final_layer.linear.{kind}"] = t[f"proj_out.{kind}"]
+        out[f"final_layer.adaLN_modulation.1.{kind}"] = swap(t[f"norm_out.linear.{kind}"])
+        for i in range(layers):
+            old, new, last = f"transformer_blocks.{i}", f"joint_blocks.{i}", i == layers - 1
+            x, c = f"{new}.x_block", f"{new}.context_block"
+            out[f"{x}.adaLN_modulation.1.{kind}"] = t[f"{old}.norm1.linear.{kind}"]
+            modulation = t[f"{old}.norm1_context.linear.{kind}"]
+            out[f"{c}.adaLN_modulation.1.{kind}"] = swap(modulation) if last else modulation
+            out[f"{x}.attn.qkv.{kind}"] = torch.cat([t[f"{old}.attn.to_{p}.{kind}"] for p in "qkv"])
+            out[f"{c}.attn.qkv.{kind}"] = torch.cat([t[f"{old}.attn.add_{p}_proj.{kind}"] for p in "qkv"])
+            out[f"{x}.attn.proj.{kind}"] = t[f"{old}.attn.to_out.0.{kind}"]
+            out[f"{x}.mlp.fc1.{kind}"] = t[f"{old}.ff.net.0.proj.{kind}"]
+            out[f"{x}.mlp.fc2.{kind}"] = t[f"{old}.ff.net.2.{kind}"]
+            if not last:
+                out[f"{c}.attn.proj.{kind}"] = t[f"{old}.attn.to_add_out.{kind}"]
+                out[f"{c}.mlp.fc1.{kind}"] = t[f"{old}.ff_context.net.0.proj.{kind}"]
+                out[f"{c}.mlp.fc2.{kind}"] = t[f"{old}.ff_context.net.2.{kind}"]
+            if i in dual:
+                out[f"{x}.attn2.qkv.{kind}"] = torch.cat([t[f"{old}.attn2.to_{p}.{kind}"] for p in "qkv"])
+                out[f"{x}.attn2.proj.{kind}"] = t[f"{old}.attn2.to_out.0.{kind}"]
+    for i in range(layers):
+        for old, new in (("attn.norm_q", "x_block.attn.ln_q"), ("attn.norm_k", "x_block.attn.ln_k"), ("attn.norm_added_q", "context_block.attn.ln_q"), ("attn.norm_added_k", "context_block.attn.ln_k"), ("attn2.norm_q", "x_block.attn2.ln_q"), ("attn2.norm_k", "x_block.attn2.ln_k")):  # fmt: skip
+            if f"transformer_blocks.{i}.{old}.weight" in t:
+                out[f"joint_blocks.{i}.{new}.weight"] = t[f"transformer_blocks.{i}.{old}.weight"]
+    return {name: tensor.contiguous().clone() for name, tensor in out.items()}
