@@ -46,9 +46,9 @@ def parse(argv=None):
     group.add_argument("--shift", type=positive(float), default=1.0, help="time-grid shift; SD3 uses 3 at 1024 px")
     group.add_argument("--guidance", type=positive(float), default=1.0, help="classifier-free guidance scale; 1 is none")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--rounds", type=positive(int), default=40, help="rounds of rollouts")
+    group.add_argument("--rounds", type=positive(int), default=80, help="rounds of rollouts")
     group.add_argument("--inner-steps", type=positive(int), default=4, help="gradient steps a round")
-    group.add_argument("--lr", type=positive(float), default=3e-4, help="Adam's learning rate")
+    group.add_argument("--lr", type=positive(float), default=1e-4, help="Adam's learning rate")
     group.add_argument("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
     group.add_argument("--micro-batch", type=positive(int), help="samples (dpo: pairs) per forward pass; must divide a round's; default all")
     group = parser.add_argument_group("inputs")
@@ -61,7 +61,7 @@ def parse(argv=None):
     group.add_argument("--device", type=runtime.device, default="cpu", help="torch device")
     group.add_argument("--dtype", choices=tuple(runtime.DTYPES), default="float32",
                        help="dtype of the forward passes; the weights stay float32 (torch.autocast)")  # fmt: skip
-    group.add_argument("--eval-every", type=positive(int), default=10, help="rounds between evaluations, with a checkpoint each")
+    group.add_argument("--eval-every", type=positive(int), default=20, help="rounds between evaluations, with a checkpoint each")
     group.add_argument("--eval-samples", type=positive(int), default=8, help="samples per prompt in an evaluation, at least 2")
     args = parser.parse_args(argv)
     for option in ("group_size", "eval_samples"):

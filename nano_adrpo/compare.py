@@ -41,7 +41,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = Path(args.out)
     jobs = {
-        (name, lr, seed): {**options, "lr": lr, "seed": seed, "rounds": args.rounds}
+        (name, lr, seed): {**options, "lr": lr, "seed": seed, "rounds": args.rounds, "eval-every": 10}
         for seed in range(args.seeds)  # outermost: an interrupted comparison has every setting at fewer seeds
         for (name, options), lr in itertools.product(FLOW.items(), LEARNING_RATES)
     }

@@ -209,7 +209,7 @@ def test_a_reward_or_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, mon
 def test_the_script_runs_as_a_script(tmp_path):
     command = [sys.executable, str(ROOT / "train_flow.py")]
     help_text = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path).stdout
-    assert all(option in help_text for option in ("--beta0", "--a-min", "--guidance", "(default: 0.0003)"))
+    assert all(option in help_text for option in ("--beta0", "--a-min", "--guidance", "(default: 0.0001)"))
     bad = subprocess.run([*command, "--beta0", "0"], capture_output=True, text=True, cwd=tmp_path)
     assert (bad.returncode, bad.stderr) == (2, "error: argument --beta0: 0 is not a positive number\n")
 
@@ -224,11 +224,11 @@ def test_the_comparison_resumes_and_averages(tmp_path, monkeypatch, capsys):
     compare.main(options)
     assert "4 runs, 0 of them finished before" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
-    runs = [lines(tmp_path / "runs" / f"adrpo_beta01_lr0.0003_seed{seed}_rounds1")[-1]["eval"]["reward"] for seed in (0, 1)]
+    runs = [lines(tmp_path / "runs" / f"adrpo_beta01_lr0.0003_seed{seed}_rounds1_eval-every10")[-1]["eval"]["reward"] for seed in (0, 1)]
     mean, error = results["rows"][0]["final"]["reward"]
     assert mean == pytest.approx(sum(runs) / 2) and error == pytest.approx(abs(runs[0] - runs[1]) / 2)
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "results.json", "table.md", "reward_pixel_diversity.png", "reward_w2.png"}
-    shutil.rmtree(tmp_path / "runs" / "raft_lr0.0003_seed1_rounds1")
+    shutil.rmtree(tmp_path / "runs" / "raft_lr0.0003_seed1_rounds1_eval-every10")
     compare.main(options)
     assert "4 runs, 3 of them finished before" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text()) == results
