@@ -33,22 +33,22 @@ def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1
     hidden = model.model(ids[first], seen[first, :length], cache)[run, -1]  # [B, D]
     cache.select(run)
 
-    out = F.pad(ids, (0, max_new_tokens), value=int(stop[0]) if len(stop) else 0)  # [B, size]
-    completion = torch.zeros_like(seen)
+    fill = int(stop[0]) if len(stop) else 0
+    out, completion = F.pad(ids, (0, max_new_tokens), value=fill), torch.zeros_like(seen)
     live = torch.arange(batch, device=ids.device)  # the rows in the cache; `going` are those of them that have not ended
     going = torch.ones_like(live, dtype=torch.bool)
     for end in range(length, size):
         probs = probabilities(model.head(hidden), temperature, top_k, top_p)  # [live, V]
         tokens = torch.multinomial(probs, 1, generator=generator)  # [live, 1]
-        out[live[going], end], completion[live[going], end] = tokens[going, 0], True
+        out[live, end], completion[live, end] = tokens[:, 0].masked_fill(~going, fill), going
         going = going & ~torch.isin(tokens[:, 0], stop)
         count = int(going.sum())
         if count == 0 or end + 1 == size:
             break
         if 2 * count <= len(live):
             cache.select(going)
-            live, tokens, going = live[going], tokens[going], going[going]
-        hidden = model.model(tokens, seen[live, : end + 1], cache)[:, -1]
+            live, seen, tokens, going = live[going], seen[going], tokens[going], going[going]
+        hidden = model.model(tokens, seen[:, : end + 1], cache)[:, -1]
     return out[:, : end + 1], completion[:, length : end + 1].to(mask.dtype)
 
 

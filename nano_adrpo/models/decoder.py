@@ -335,7 +335,7 @@ class Attention(nn.Module):
 
 
 def rotations(config, positions):
-    """cos and sin of every rotary angle, positions [B, T] -> two [B, 1, T, d/2], float32: large angles need its bits."""
+    """What `rotate` multiplies by, positions [B, T] -> cos and ±sin, [B, 1, T, d], in float32: large angles need its bits."""
     steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1 / config.rope_theta ** (steps / config.head_dim)  # [d/2], radians per position
     if config.rope_scaling:
@@ -346,13 +346,13 @@ def rotations(config, positions):
         kept = ((rounds - low) / (high - low)).clamp(0, 1)
         frequencies = kept * frequencies + (1 - kept) * frequencies / factor
     angles = positions[:, None, :, None] * frequencies
-    return angles.cos(), angles.sin()
+    return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-angles.sin(), angles.sin()], dim=-1)
 
 
 def rotate(x, rope):
     """Turns the pairs (i, i + d/2) of x [B, heads, T, d] by their angles, in float32."""
-    (cos, sin), (a, b) = rope, x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    (cos, sin), wide = rope, x.float()
+    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 def norm(config, dim):
