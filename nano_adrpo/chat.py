@@ -29,7 +29,7 @@ def tokenizer_of(model):
 
 
 def stop_ids(model):
-    """The ids that end a completion, a list: generation_config.json's, which chat models list more of, or else config.json's."""
+    """The ids that end a completion, a list: generation_config.json's, where chat models list more, or else config.json's."""
     ids = json.loads(model.files.get("generation_config.json", "{}")).get("eos_token_id")
     ids = model.config.eos_token_id if ids is None else ids
     if ids is None or ids == []:

@@ -189,11 +189,12 @@ def test_equal_prompts_share_one_prefill(model):
     torch.testing.assert_close(model.head(hidden), model(sampled, whole)[:, 3:], atol=1e-5, rtol=0)
 
 
-def test_rows_that_have_ended_leave_once_they_are_the_most(model):
+def test_rows_that_have_ended_leave_once_they_are_a_quarter(model):
     prompts = torch.arange(13)[:, None]
     free, _ = model.generate(prompts, None, 12, temperature=0)
     (out, completion), rows = count_rows(model, lambda: model.generate(prompts, None, 12, temperature=0, eos=[0, 3]))
-    assert [batch for batch, _ in rows] == [13, 13, 5, 5, 2, 1, 1]  # a run of its own for each step, of ever fewer rows
+    # After each token 7, 5, 3, 2, 1, 1 rows go on; the first run is the prompts'.
+    assert [batch for batch, _ in rows] == [13, 7, 5, 3, 2, 1, 1]
     assert torch.equal(out[:, 1:][completion], free[:, 1:8][completion])
 
 
