@@ -30,11 +30,19 @@ def tokenizer_of(model):
 
 def stop_ids(model):
     """The ids that end a completion, a list: generation_config.json's, where chat models list more, or else config.json's."""
-    ids = json.loads(model.files.get("generation_config.json", "{}")).get("eos_token_id")
+    ids = settings(model, "generation_config.json").get("eos_token_id")
     ids = model.config.eos_token_id if ids is None else ids
     if ids is None or ids == []:
         raise ValueError("neither generation_config.json nor config.json has an 'eos_token_id'; completions would never end")
     return [ids] if isinstance(ids, int) else list(ids)
+
+
+def settings(model, name):
+    """The object in a JSON file of the model's folder, {} where the file is not there."""
+    try:
+        return dict(json.loads(model.files.get(name, "{}")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: not a JSON object ({error})") from None
 
 
 def encode_prompts(tokenizer, texts, longest, special=False, device=None):
@@ -115,7 +123,7 @@ def template_of(model):
     """The function above that renders what the jinja template in the model's folder renders; None where it has no template.
     Raises ValueError for a template that is none of these."""
     jinja = model.files.get("chat_template.jinja", b"").decode()
-    jinja = jinja or json.loads(model.files.get("tokenizer_config.json", "{}")).get("chat_template")
+    jinja = jinja or settings(model, "tokenizer_config.json").get("chat_template")
     if not jinja:
         return None
     if not isinstance(jinja, str):

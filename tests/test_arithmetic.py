@@ -48,8 +48,8 @@ def test_the_longest_answer_just_fits():
 
 @pytest.mark.parametrize("name, pass_at_1", [("arithmetic_base", 0.31), ("arithmetic_deceptive", 0.065)])
 def test_the_base_has_every_skill_and_the_mixture_of_styles(name, pass_at_1):
-    """4,096 attempts at temperature 1 from a fixed seed. A share may differ from the mixture by 5 standard errors (by luck with a
-    chance below 1e-5) and by 2 %, since the model was trained to the mixture and does not have it exactly."""
+    """4,096 attempts at temperature 1 from a fixed seed. A share may be off by 5 standard errors (by luck with a chance below
+    1e-5) and by 2 %, since the model was trained to the mixture and does not have it exactly."""
     model = Decoder.from_pretrained(arithmetic.HERE / name)
     assert 140_000 < sum(parameter.numel() for parameter in model.parameters()) < 160_000
     for letter in arithmetic.VALID:

@@ -96,7 +96,8 @@ def test_padding_on_either_side_changes_nothing(tmp_path, family):
             logits = model(ids, kind)
             assert logits.isfinite().all()
             torch.testing.assert_close(logits[:, at], plain, atol=1e-5, rtol=0)
-    assert model(IDS[:, :1]).shape == (2, 1, 13)
+    torch.testing.assert_close(model(IDS[:, :1]), plain[:, :1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(IDS[:, :1], torch.ones(2, 1)), plain[:, :1], atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"mask is \[2, 7\]; expected \[2, 8\]"):
         model(IDS, torch.ones(2, 7))
 

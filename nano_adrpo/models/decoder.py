@@ -330,8 +330,13 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         if cache:
             k, v = cache.append(self.index, k, v)  # [B, heads, S, d]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attends, is_causal=attends is None, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        if x.shape[1] == 1:  # one new token: the queries that share a key take the place of a sequence, and no key is copied
+            q = q.reshape(len(x), k.shape[1], -1, self.size)
+        elif attends is not None:  # CUDA's memory-saving kernel for masks wants a key head for every query head
+            k, v = (shared.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for shared in (k, v))
+        few = k.shape[1] < q.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attends, is_causal=attends is None, enable_gqa=few)
+        return self.o_proj(out.reshape(len(x), -1, x.shape[1], self.size).transpose(1, 2).flatten(2))
 
 
 def rotations(config, positions):
