@@ -125,6 +125,11 @@ def write_json(file, value):
     _replace(file, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def write_bytes(file, content):
+    """Writes `content`, whole or not at all."""
+    _replace(file, lambda temporary: temporary.write_bytes(content))
+
+
 def _replace(file, write):
     # A new name, flushed to the disk, then renamed over the old file: at every instant one whole version exists.
     file = Path(file)

@@ -1,0 +1,109 @@
+"""Rewards that are functions of text: is the final number right, and is it stated as asked.
+
+Answers are numbers and compared exactly, as fractions: "1,234.50", "$1234.5" and "2469/2" are one number, and 0.3 is three
+tenths. Nothing is evaluated: an answer that is an expression is read for its numbers, not computed.
+"""
+import json
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+# A sign counts where no operand stands before it (the 2 of "87-2" is positive) and digits in a word, a name or an exponent are
+# not numbers (H2O, x_1, cm^2). Longer ones than this are not answers, and Python refuses to read them.
+NUMBER = re.compile(
+    r"(?<![\w.^])(?<!\^\{)(?P<sign>(?<![)\]}%])[-−–])?[$€£¥]?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,100})(?:\.\d{1,100})?|\.\d{1,100})(?!\d)"
+    r"(?:\s?/\s?(?P<divisor>\d{1,100})(?!\.?\d))?",
+    re.ASCII,
+)
+
+
+class Problem(NamedTuple):
+    question: str
+    answer: Fraction
+
+
+def read_problems(file):
+    """The problems in a file of GSM8K's format: JSON lines with `question` and `answer`, a text whose number follows "####".
+    Raises ValueError naming file and line."""
+    problems = []
+    for index, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {index}: not valid JSON ({error})") from None
+        for key in ("question", "answer"):
+            if not isinstance(values, dict) or not isinstance(values.get(key), str) or not values[key].strip():
+                raise ValueError(f"{file}, line {index}: expected an object with a text under '{key}'")
+        answer = number(values["answer"].rpartition("####")[2]) if "####" in values["answer"] else None
+        if answer is None:
+            raise ValueError(f"{file}, line {index}: 'answer' has no number after '####'")
+        problems.append(Problem(values["question"], answer))
+    if not problems:
+        raise ValueError(f"{file}: no problems; expected a JSON object on every line")
+    return problems
+
+
+def exact_answer(completion, answer):
+    """1.0 where the completion's final number equals `answer` (a number, or a text with one), else 0.0.
+
+    >>> exact_answer("6 × 7 is forty-two, so \\\\boxed{42}.", 42), exact_answer("#### 1,000 dollars", "1000.0")
+    (1.0, 1.0)
+    """
+    final = final_number(completion)
+    return float(final is not None and final == number(str(answer)))
+
+
+def states_answer(completion):
+    """The format reward: 1.0 where the completion states a number in \\boxed{…} or after "####", else 0.0."""
+    stated = stated_answer(completion)
+    return float(stated is not None and number(stated) is not None)
+
+
+def final_number(text):
+    """The number that a text ends in: that in its last \\boxed{…}, or else after its last "####", or else its last number. None
+    where there is none; a box or a "####" with no number, or with several, is an answer too, and not a number."""
+    stated = stated_answer(text)
+    if stated is not None:
+        return number(stated)
+    numbers = list(NUMBER.finditer(plain(text)))
+    return value(numbers[-1]) if numbers else None
+
+
+def stated_answer(text):
+    """What the last whole \\boxed{…} holds, or else the rest of the line after the last "####", or else None."""
+    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start:end]
+    if "####" in text:
+        return (text.rpartition("####")[2].strip().splitlines() or [""])[0]
+    return None
+
+
+def number(text):
+    """The one number of a text, or after its last "=", as a Fraction; None where there is none or more than one."""
+    numbers = list(NUMBER.finditer(plain(text).rpartition("=")[2]))
+    return value(numbers[0]) if len(numbers) == 1 else None
+
+
+def plain(text):
+    """Without the TeX that numbers come in, such as \\frac{1}{2}, 1{,}000, 1\\,000, \\$5 and 5\\text{ cm}."""
+    text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # of one and a half, 1\frac{1}{2}, nobody shall read eleven halves
+    text = re.sub(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2", text)
+    text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\\$", "$")
+    return re.sub(r"\\(?:text|mathrm)\s*\{|\.{2,}", " ", text)
+
+
+def value(match):
+    """The Fraction that a match of NUMBER stands for; None for a division by zero."""
+    divisor = int(match["divisor"] or 1)
+    if divisor == 0:
+        return None
+    whole = Fraction(match["digits"].replace(",", "")) / divisor
+    return -whole if match["sign"] else whole

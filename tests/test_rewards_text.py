@@ -1,0 +1,123 @@
+from fractions import Fraction
+
+import pytest
+
+from nano_adrpo.rewards_text import Problem, exact_answer, final_number, read_problems, states_answer
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        # stated after ####
+        ("so she has 72.\n#### 72", 72),
+        ("#### 1,234,567", 1234567),
+        ("#### -5", -5),
+        ("#### −5", -5),
+        ("#### $1,234.50", "1234.5"),
+        ("#### -$5", -5),
+        ("#### $-5", -5),
+        ("#### 12 apples", 12),
+        ("#### 12cm", 12),
+        ("#### 50%", 50),
+        ("#### **85**.", 85),
+        ("####85", 85),
+        ("####\n85 is it", 85),
+        ("#### 3\n#### 4\nso 5", 4),
+        ("#### x = 7", 7),
+        ("#### .5", "1/2"),
+        ("#### 3/4", "3/4"),
+        ("#### 3 / 4.", "3/4"),
+        ("#### 3/0", None),
+        ("#### 30 m/s^2", 30),
+        ("#### seven", None),
+        ("7 ####", None),
+        ("#### 1 or 2", None),
+        ("#### 2+3", None),  # nothing is computed, and no part of an expression is its value
+        # boxed
+        (r"\boxed{42}", 42),
+        (r"so $\boxed{42}$. Check: 43", 42),
+        (r"\boxed{1} then \boxed{2}", 2),
+        (r"#### 1 and \boxed{2}", 2),
+        (r"\boxed{\frac{3}{4}}", "3/4"),
+        (r"\boxed{-\dfrac{3}{4}}", "-3/4"),
+        (r"\boxed{1\frac{1}{2}}", None),  # two numbers: better wrong than 11/2
+        (r"\boxed{x = 5\text{ cm}^2}", 5),
+        (r"\boxed{1{,}000}", 1000),
+        (r"\boxed{1\,000}", 1000),
+        (r"\boxed{\$18}", 18),
+        (r"\boxed{\text{no answer}}", None),
+        (r"\boxed{}", None),
+        (r"\boxed{85", 85),  # cut off: no box
+        (r"\boxed {85}", 85),
+        # the last number
+        ("She pays 10 - 3 = 7 dollars.", 7),
+        ("It is 3.14.", "3.14"),
+        ("between 1,2 and 3", 3),
+        ("12,34", 34),  # not a thousand
+        ("1,234", 1234),
+        ("it costs $1,000,000!", 1000000),
+        ("87-2", 2),
+        ("= -2", -2),
+        ("(−2)", -2),
+        ("H2O has x_1 and a 7 in cm^2", 7),
+        ("COVID-19", 19),
+        ("so it is ...5", 5),
+        ("1.2.3", "1.2"),
+        ("no number", None),
+        ("", None),
+        ("9" * 5000, None),  # int() would refuse it
+        ("1/" + "9" * 5000, 1),
+        ("__import__('os').getcwd() or 3", 3),
+        ("٣", None),  # digits of other scripts are words here
+    ],
+)
+def test_final_number(text, expected):
+    assert final_number(text) == (None if expected is None else Fraction(expected))
+
+
+def test_answers_are_compared_exactly():
+    assert exact_answer("#### 0.3", "3/10") == exact_answer("#### 0.30", 0.3) == exact_answer("72.0", 72) == 1.0
+    assert exact_answer("#### 0.333333333333333333", Fraction(1, 3)) == 0.0
+    assert exact_answer("#### 9007199254740993", "9007199254740992") == 0.0  # equal as floats
+    assert exact_answer("no idea", "5") == exact_answer("", "5") == 0.0
+    assert exact_answer("-7", -7) == 1.0 and exact_answer("7", -7) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("#### 5", 1), (r"\boxed{5}", 1), ("5", 0), ("#### ", 0), (r"\boxed{a}", 0), ("#### 1 2", 0), ("", 0)]
+)
+def test_states_answer(text, expected):
+    assert states_answer(text) == expected
+
+
+def test_problems_in_gsm8k_format(tmp_path):
+    file = tmp_path / "test.jsonl"
+    lines = [
+        '{"question": "How many?\\u2028All?", "answer": "2 + 2 = <<2+2=4>>4\\n#### 4"}', "",
+        '{"question": "ü?", "answer": "#### -1,080.5", "id": 3}',
+    ]  # fmt: skip
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert read_problems(file) == [Problem("How many?\u2028All?", Fraction(4)), Problem("ü?", Fraction("-1080.5"))]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no problems; expected a JSON object on every line"),
+        ("\n \n", "no problems"),
+        ('{"question": "a", "answer": "#### 1"}\n{"question"', "line 2: not valid JSON"),
+        (b'{"question": "\xff", "answer": "#### 1"}', "line 1: not valid JSON"),
+        ("[1]", "line 1: expected an object with a text under 'question'"),
+        ('{"question": "", "answer": "#### 1"}', "line 1: .* under 'question'"),
+        ('{"question": "a", "answer": 4}', "line 1: .* under 'answer'"),
+        ('{"question": "a", "answer": "4"}', "line 1: 'answer' has no number after '####'"),
+        ('{"question": "a", "answer": "#### four"}', "line 1: 'answer' has no number after '####'"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path, content, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="bad.jsonl.*" + message):
+        read_problems(file)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        read_problems(tmp_path / "absent.jsonl")
