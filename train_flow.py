@@ -218,7 +218,7 @@ def main(argv=None):
     last = values["eval"]
     print("\n".join(f"{name:16s} {first[name]:8.4f} -> {last[name]:8.4f}" for name in first))
     picture(run, out / "before_after.png", before=(first, before), after=(last, after))
-    plots.curves(out / "curves.png", out / "metrics.jsonl")
+    plots.curves(out / "curves.png", out / "metrics.jsonl", "pixel_diversity")
     return last
 
 

@@ -1,11 +1,12 @@
 """Every method against every other, on equal terms: the same learning rates, seeds, rounds and evaluation for each.
 
-    python -m nano_adrpo.compare flow --out runs/compare_flow        # the digits demo; about an hour on two cores
-    python -m nano_adrpo.compare flow --out runs/compare_flow        # again: goes on where it stopped
+    python -m nano_adrpo.compare flow          # the digits demo: all flow methods; about an hour on two cores
+    python -m nano_adrpo.compare grpo          # the arithmetic demo: GRPO and ADRPO-GRPO, and the clip of the paper's Table 3
+    python -m nano_adrpo.compare deceptive     # arithmetic in which a guess pays a little: who escapes?
 
-Each run is `train_flow.py` in a process of its own, in a folder of its own; a finished run is not repeated. Written to --out:
-table.md (mean ± standard error over seeds), results.json (the evaluations of every run) and the paper's two trade-off pictures,
-reward against diversity and reward against W2 divergence.
+A comparison that was interrupted goes on where it stopped. Each run is one of the training scripts in a process of its own, in a
+folder of its own. Written to --out: table.md (mean ± standard error over seeds), results.json (every evaluated round, mean over
+seeds) and the trade-off pictures, reward against diversity and against divergence.
 """
 import itertools
 import json
@@ -14,13 +15,28 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nano_adrpo import plots, runtime, weights
+from nano_adrpo.demo import arithmetic
 from nano_adrpo.metrics import mean_and_standard_error
 
-# Name of the setting -> options of train_flow.py. The strengths of each method span weak to strong regularisation.
-FLOW = {
+
+@dataclass
+class Comparison:
+    script: str
+    settings: dict  # name, whose first word is the method -> options of the script
+    rounds: int
+    seeds: int
+    judge: str  # the metric by which a setting's learning rate is chosen
+    across: tuple  # metrics on the pictures' horizontal axis, a picture each
+    up: tuple  # on the vertical axis, a panel each
+    rates: tuple = (None,)  # learning rates that every setting is run with; None is the script's own
+    common: dict = field(default_factory=dict)
+
+
+FLOW = {  # the strengths of each method span weak to strong regularisation
     **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (1, 2, 5)},
     **{f"ADRPO β0={b:g}, clip ±β0": {"method": "adrpo", "beta0": b, "a-min": -b, "a-max": b} for b in (1, 5)},
     **{f"fixed β={b:g}": {"method": "fixed-beta", "beta0": b} for b in (1, 2, 5)},
@@ -28,43 +44,63 @@ FLOW = {
     **{f"DPO β={b:g}": {"method": "dpo", "beta-dpo": b} for b in (20, 50, 200)},
     "RAFT": {"method": "raft"},
 }
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+GRPO = {  # ADRPO puts up to 2·β0 on a losing sample, so GRPO is run at β0 and at 2·β0
+    **{f"GRPO β={b:g}": {"method": "grpo", "beta0": b} for b in (0.04, 0.08, 0.2, 0.4)},
+    **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (0.04, 0.2)},
+    **{f"ADRPO β0=0.04, clip {k:g}×β0": {"method": "adrpo", "beta0": 0.04, "a-min": -0.04 * k, "a-max": 0.04 * k} for k in (0.5, 2)},
+}
+DECEPTIVE = {
+    **{f"GRPO β={b:g}": {"method": "grpo", "beta0": b} for b in (0.04, 0.2, 0.4)},
+    **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (0.04, 0.2)},
+}
+COMPARISONS = {
+    "flow": Comparison("train_flow", FLOW, 40, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"), (1e-4, 3e-4, 1e-3), {"eval-every": 10}),
+    "grpo": Comparison("train_grpo", GRPO, 110, 3, "pass@1", ("entropy", "style_entropy", "kl_k1"), ("reward",)),
+    "deceptive": Comparison(
+        "train_grpo", DECEPTIVE, 150, 5, "pass@1", ("entropy", "kl_k1"), ("reward", "pass@1"),
+        common={"reward": "deceptive", "model": str(arithmetic.HERE / "arithmetic_deceptive"), "eval-every": 30},
+    ),
+}  # fmt: skip
 
 
 def main(argv=None):
     parser = runtime.Parser(__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("flow",), help="which half of the paper")
-    parser.add_argument("--out", default="runs/compare_flow", help="folder for the runs and the results; an earlier one goes on")
-    parser.add_argument("--seeds", type=runtime.positive(int), default=3, help="seeds per setting, from 0")
-    parser.add_argument("--rounds", type=runtime.positive(int), default=40, help="rounds per run")
+    parser.add_argument("what", choices=tuple(COMPARISONS), help="which comparison")
+    parser.add_argument("--out", help="folder for runs and results, where an earlier one goes on; default runs/compare_WHAT")
+    parser.add_argument("--seeds", type=runtime.positive(int), help="seeds per setting, from 0; default the comparison's own")
+    parser.add_argument("--rounds", type=runtime.positive(int), help="rounds per run; default the comparison's own")
     parser.add_argument("--workers", type=runtime.positive(int), default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args(argv)
-    out = Path(args.out)
+    comparison = COMPARISONS[args.what]
+    out, seeds, rounds = Path(args.out or f"runs/compare_{args.what}"), args.seeds or comparison.seeds, args.rounds or comparison.rounds
     jobs = {
-        (name, lr, seed): {**options, "lr": lr, "seed": seed, "rounds": args.rounds, "eval-every": 10}
-        for seed in range(args.seeds)  # outermost: an interrupted comparison has every setting at fewer seeds
-        for (name, options), lr in itertools.product(FLOW.items(), LEARNING_RATES)
+        (name, lr, seed): {**options, **({"lr": lr} if lr else {}), "seed": seed, "rounds": rounds, **comparison.common}
+        for seed in range(seeds)  # outermost: an interrupted comparison has every setting at fewer seeds
+        for (name, options), lr in itertools.product(comparison.settings.items(), comparison.rates)
     }
-    results = run_all(jobs, out, args.workers)
-    rows = summarise(results, args.seeds)
-    weights.write_json(out / "results.json", {"rounds": args.rounds, "seeds": args.seeds, "rows": rows})
-    (out / "table.md").write_text(table(rows, args), encoding="utf-8")
-    pictures(rows, out)
+    rows = summarise(run_all(comparison.script, jobs, out, args.workers), seeds)
+    chosen = best_rates(rows, comparison.judge)
+    weights.write_json(out / "results.json", {"rounds": rounds, "seeds": seeds, "rows": rows})
+    text = f"{rounds} rounds, {seeds} seeds, mean ± standard error.\n\n"
+    if len(chosen) < len(rows):
+        text += f"Every setting at its best learning rate, by {comparison.judge}:\n\n{table(chosen)}\nEvery learning rate:\n\n"
+    (out / "table.md").write_text(text + table(rows), encoding="utf-8")
+    pictures(chosen, comparison, out)
     print((out / "table.md").read_text(encoding="utf-8"))
 
 
-def run_all(jobs, out, workers):
+def run_all(script, jobs, out, workers):
     """{job: options} -> {job: [evaluations]}, each a metrics dict with its round."""
     start, done = time.monotonic(), []
     missing = [job for job in jobs if read(out, jobs[job]) is None]
     print(f"{len(jobs)} runs, {len(jobs) - len(missing)} of them finished before", flush=True)
 
     def work(job):
-        run(out, jobs[job])
+        run(script, out, jobs[job])
         done.append(job)
         left = (time.monotonic() - start) / len(done) * (len(missing) - len(done))
         name, lr, seed = job
-        print(f"{len(done)}/{len(missing)}  {name}, lr {lr:g}, seed {seed}  {left / 60:.0f} min left", flush=True)
+        print(f"{len(done)}/{len(missing)}  {name}, {f'lr {lr:g}, ' if lr else ''}seed {seed}  {left / 60:.0f} min left", flush=True)
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, missing))
@@ -72,16 +108,18 @@ def run_all(jobs, out, workers):
 
 
 def folder(out, options):
-    return out / "runs" / "_".join(f"{name}{value:g}" if name != "method" else value for name, value in options.items())
+    """The run's folder, named by its options: a run of other options is another run."""
+    values = (f"{value:g}" if isinstance(value, float | int) else Path(value).name for value in options.values())
+    return out / "runs" / "_".join(f"{name}={value}" for name, value in zip(options, values))
 
 
-def run(out, options):
+def run(script, out, options):
     """One training run in its own process. It works in a folder that is renamed when it is whole."""
     final = folder(out, options)
     working = final.with_name(f"{final.name}.{os.getpid()}.part")
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "train_flow", "--out", str(working), *words]
+    command = [sys.executable, "-m", script, "--out", str(working), *words]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if finished.returncode:
         lines = finished.stderr.strip().splitlines()
@@ -112,44 +150,38 @@ def summarise(results, seeds):
     return rows
 
 
-def best_rates(rows):
-    """Of each setting the row of the learning rate with the best joint accuracy, which no method saw."""
+def best_rates(rows, judge):
+    """Of each setting the row of the learning rate with the best final `judge`."""
     settings = dict.fromkeys(row["setting"] for row in rows)
-    return [max((row for row in rows if row["setting"] == name), key=lambda row: row["final"]["joint"][0]) for name in settings]
+    return [max((row for row in rows if row["setting"] == name), key=lambda row: row["final"][judge][0]) for name in settings]
 
 
-def table(rows, args):
-    metrics = list(rows[0]["final"])
-    lines = [
-        f"{args.rounds} rounds, {args.seeds} seeds, mean ± standard error. First every setting at its best learning rate (by joint",
-        "accuracy, which no method sees), then every run.",
-        "",
-    ]
-    for chosen in (best_rates(rows), rows):
-        lines += ["| setting | lr | " + " | ".join(metrics) + " |", "| --- " * (len(metrics) + 2) + "|"]
-        lines.append("| base | – | " + " | ".join(f"{rows[0]['path'][0][metric]:.3g}" for metric in metrics) + " |")
-        for row in chosen:
-            cells = [f"{mean:.3g} ± {error:.1g}" for mean, error in row["final"].values()]
-            lines.append(f"| {row['setting']} | {row['lr']:g} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+def table(rows):
+    """Markdown: the start, then a line per row."""
+    metrics, rates = list(rows[0]["final"]), rows[0]["lr"] is not None
+    lines = ["| setting | " + "lr | " * rates + " | ".join(metrics) + " |", "| --- " * (len(metrics) + 1 + rates) + "|"]
+    lines.append("| base | " + "– | " * rates + " | ".join(f"{rows[0]['path'][0][metric]:.3g}" for metric in metrics) + " |")
+    for row in rows:
+        cells = [f"{mean:.3g} ± {error:.1g}" for mean, error in row["final"].values()]
+        lines.append(f"| {row['setting']} | " + (f"{row['lr']:g} | " if rates else "") + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
-def pictures(rows, out):
-    """Mean trajectories, every setting at its best learning rate: reward (and joint accuracy) against diversity and W2."""
-    chosen = best_rates(rows)
-    methods = list(dict.fromkeys(row["setting"].split()[0] for row in chosen))
-    for metric in ("pixel_diversity", "w2"):
-        file = out / f"reward_{metric}.png"
+def pictures(rows, comparison, out):
+    """The settings' mean trajectories, coloured by method and named by strength."""
+    methods = list(dict.fromkeys(row["setting"].split()[0] for row in rows))
+    for x in comparison.across:
+        file = out / f"reward_{x}.png"
         if not (plt := plots.pyplot(file)):
             continue
-        figure, axes = plt.subplots(1, 2, figsize=(12, 5))
-        for row in chosen:
-            method = row["setting"].split()[0]
-            first = row is next(r for r in chosen if r["setting"].split()[0] == method)
-            for axis, y in zip(axes, ("reward", "joint")):
-                plots.trajectory(axis, row["path"], metric, y, f"C{methods.index(method)}", method if first else None)
-        axes[0].legend()
+        figure, axes = plt.subplots(1, len(comparison.up), figsize=(6 * len(comparison.up), 5), squeeze=False)
+        for axis, y in zip(axes[0], comparison.up):
+            for row in rows:
+                plots.trajectory(axis, row["path"], x, y, f"C{methods.index(row['setting'].split()[0])}")
+                axis.annotate(row["setting"].split(maxsplit=1)[-1], (row["path"][-1][x], row["path"][-1][y]), fontsize=6)
+            for index, method in enumerate(methods):
+                axis.scatter([], [], color=f"C{index}", marker="*", s=120, label=method)
+            axis.legend()
         plots.save(plt, figure, file)
 
 

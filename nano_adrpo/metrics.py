@@ -1,4 +1,6 @@
 """What the tables report. Pure functions of tensors, each a mean over samples or groups, in float32 or better."""
+import math
+
 import torch
 
 from nano_adrpo.adrpo import squared_error
@@ -40,3 +42,22 @@ def mean_and_standard_error(values):
     """Of independent runs: the mean and the unbiased standard deviation / √n. The error of one run is not a number."""
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
+
+
+def pass_at_k(correct, k):
+    """The chance that at least one of k attempts at a problem is right, estimated without bias from n ≥ k attempts of which c
+    are: 1 − C(n − c, k) / C(n, k), the mean over problems (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
+
+    correct   [P, n], 1 where an attempt is right
+    """
+    n = correct.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}; expected 1 … {n}, the attempts per problem")
+    right = (correct > 0).sum(dim=1).tolist()
+    return sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in right) / len(right)
+
+
+def entropy(counts):
+    """Entropy in nats of the distribution that counts [K] are proportional to; 0 where all are 0."""
+    shares = counts.double() / counts.sum().clamp(min=1)
+    return torch.special.entr(shares).sum().item()

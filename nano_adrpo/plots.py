@@ -36,8 +36,8 @@ def grids(file, panels, prompts):
     save(plt, figure, file)
 
 
-def curves(file, metrics_file):
-    """One panel per evaluated metric over the rounds, and the reward against the diversity."""
+def curves(file, metrics_file, diversity):
+    """One panel per evaluated metric over the rounds, and the reward against the metric named as `diversity`."""
     if not (plt := pyplot(file)):
         return
     rows = [json.loads(line) for line in Path(metrics_file).read_text(encoding="utf-8").splitlines()]
@@ -47,19 +47,18 @@ def curves(file, metrics_file):
     for axis, name in zip(axes.flat, names):
         axis.plot([row["round"] for row in rows], [row["eval"][name] for row in rows], marker=".")
         axis.set(title=name, xlabel="round")
-    trajectory(axes.flat[len(names)], [row["eval"] for row in rows], "pixel_diversity", "reward", "C0")
+    trajectory(axes.flat[len(names)], [row["eval"] for row in rows], diversity, "reward", "C0")
     for axis in axes.flat[len(names) + 1 :]:
         axis.set_axis_off()
     save(plt, figure, file)
 
 
-def trajectory(axis, evaluations, x, y, color, label=None):
+def trajectory(axis, evaluations, x, y, color):
     """A run as the paper's Figure 3 draws it: transparent early, solid late, a star at the end."""
     for i, row in enumerate(evaluations):
         last = i == len(evaluations) - 1
         alpha = 0.15 + 0.85 * (i + 1) / len(evaluations)
-        axis.scatter(row[x], row[y], color=color, alpha=alpha, marker="*" if last else ".", s=120 if last else 25,
-                     label=label if last else None)  # fmt: skip
+        axis.scatter(row[x], row[y], color=color, alpha=alpha, marker="*" if last else ".", s=120 if last else 25)
     axis.plot([row[x] for row in evaluations], [row[y] for row in evaluations], color=color, alpha=0.25, linewidth=1)
     axis.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
 

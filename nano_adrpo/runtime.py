@@ -81,10 +81,10 @@ class Log:
     def __init__(self, file, steps):
         self.file, self.steps, self.start = Path(file), steps, time.monotonic()
 
-    def write(self, step, values):
+    def write(self, step, values, speed=""):
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"round": step, **values}) + "\n")
         numbers = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if not isinstance(value, dict))
         seconds = time.monotonic() - self.start
         left = seconds / step * (self.steps - step) if step else math.nan
-        print(f"round {step}/{self.steps}  {numbers}  {step / seconds:.2f} rounds/s  {left:.0f} s left", flush=True)
+        print(f"round {step}/{self.steps}  {numbers}  {speed}  {step / seconds:.2f} rounds/s  {left:.0f} s left", flush=True)

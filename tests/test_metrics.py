@@ -1,4 +1,5 @@
 """Metrics against numbers by hand and closed forms."""
+import itertools
 import math
 
 import pytest
@@ -45,3 +46,17 @@ def test_mean_and_standard_error_by_hand():
     mean, error = metrics.mean_and_standard_error([1.0, 2.0, 6.0])
     assert mean == 3 and error == pytest.approx(math.sqrt(7) / math.sqrt(3))  # variance 14/2
     assert math.isnan(metrics.mean_and_standard_error([1.0])[1])
+
+
+def test_pass_at_k_is_the_enumerated_chance():
+    correct = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    for k in range(1, 6):
+        chances = [sum(any(row[i] for i in chosen) for chosen in itertools.combinations(range(5), k)) / math.comb(5, k) for row in correct]
+        assert metrics.pass_at_k(correct, k) == pytest.approx(sum(chances) / 3)
+    with pytest.raises(ValueError, match="k is 6; expected 1 … 5"):
+        metrics.pass_at_k(correct, 6)
+
+
+def test_entropy_by_hand():
+    assert metrics.entropy(torch.tensor([2, 1, 1])) == pytest.approx(1.5 * math.log(2))
+    assert metrics.entropy(torch.tensor([5, 0])) == 0 and metrics.entropy(torch.tensor([0, 0])) == 0

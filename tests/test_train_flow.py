@@ -218,24 +218,28 @@ def test_the_script_runs_as_a_script(tmp_path):
 
 
 def test_the_comparison_resumes_and_averages(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "FLOW", {"ADRPO β0=1": {"method": "adrpo", "beta0": 1}, "RAFT": {"method": "raft"}})
-    monkeypatch.setattr(compare, "LEARNING_RATES", (3e-4,))
+    monkeypatch.setattr(compare.COMPARISONS["flow"], "settings", {"ADRPO β0=1": {"method": "adrpo", "beta0": 1}, "RAFT": {"method": "raft"}})
+    monkeypatch.setattr(compare.COMPARISONS["flow"], "rates", (1e-4, 3e-4))
+    monkeypatch.setattr(compare.COMPARISONS["flow"], "common", dict(zip(("prompts-per-round", "group-size", "eval-samples", "ode-steps"), (2, 2, 2, 2))))
     options = ["flow", "--out", str(tmp_path), "--seeds", "2", "--rounds", "1", "--workers", "2"]
     compare.main(options)
-    assert "4 runs, 0 of them finished before" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "8 runs, 0 of them finished before" in printed and "Every setting at its best learning rate, by joint" in printed
     results = json.loads((tmp_path / "results.json").read_text())
-    runs = [lines(tmp_path / "runs" / f"adrpo_beta01_lr0.0003_seed{seed}_rounds1_eval-every10")[-1]["eval"]["reward"] for seed in (0, 1)]
-    mean, error = results["rows"][0]["final"]["reward"]
-    assert mean == pytest.approx(sum(runs) / 2) and error == pytest.approx(abs(runs[0] - runs[1]) / 2)
+    small = "prompts-per-round=2_group-size=2_eval-samples=2_ode-steps=2"
+    runs = [lines(tmp_path / "runs" / f"method=adrpo_beta0=1_lr=0.0003_seed={seed}_rounds=1_{small}")[-1]["eval"]["reward"] for seed in (0, 1)]
+    row = results["rows"][1]
+    assert (row["setting"], row["lr"]) == ("ADRPO β0=1", 3e-4)
+    assert row["final"]["reward"] == pytest.approx([sum(runs) / 2, abs(runs[0] - runs[1]) / 2])
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "results.json", "table.md", "reward_pixel_diversity.png", "reward_w2.png"}
-    shutil.rmtree(tmp_path / "runs" / "raft_lr0.0003_seed1_rounds1_eval-every10")
+    shutil.rmtree(tmp_path / "runs" / f"method=raft_lr=0.0003_seed=1_rounds=1_{small}")
     compare.main(options)
-    assert "4 runs, 3 of them finished before" in capsys.readouterr().out
+    assert "8 runs, 7 of them finished before" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
 def test_a_failing_run_stops_the_comparison(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "FLOW", {"broken": {"method": "adrpo", "beta0": -1}})
+    monkeypatch.setattr(compare.COMPARISONS["flow"], "settings", {"broken": {"method": "adrpo", "beta0": -1}})
     with pytest.raises(SystemExit) as stop:
         runtime.run(lambda: compare.main(["flow", "--out", str(tmp_path), "--seeds", "1", "--rounds", "1"]))
     assert stop.value.code == 2 and "exit status 2: error: argument --beta0: -1 is not a positive number" in capsys.readouterr().err

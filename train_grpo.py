@@ -1,0 +1,278 @@
+"""ADRPO-GRPO (Eq. 7) and GRPO (Eq. 3): the whole loop in one file.
+
+    python train_grpo.py                                             # the arithmetic demo, on the CPU
+    python train_grpo.py --method grpo --out runs/grpo               # the baseline: the same loss, β0 instead of β0 − A
+    python train_grpo.py --model QWEN_FOLDER --problems train.jsonl --held-out test.jsonl --max-new-tokens 512 --lr 1e-6 \\
+        --device cuda --dtype bfloat16 --micro-batch 8 --gradient-checkpointing --out runs/qwen
+
+One round: draw problems, sample a group of completions for each, reward them, turn rewards into advantages, score the tokens under
+the policy that sampled them and under the reference, take clipped policy-gradient steps, log. The reference is a frozen copy of the
+policy at the start. Written to --out: config.json, metrics.jsonl, samples.txt, model/ (transformers' layout) and, with matplotlib,
+curves.png.
+"""
+import copy
+import json
+import time
+
+import torch
+
+from nano_adrpo import adrpo, chat, metrics, plots, rewards_text, runtime, weights
+from nano_adrpo.demo import arithmetic
+from nano_adrpo.models.decoder import Decoder, RewardModel
+from nano_adrpo.runtime import positive
+
+
+def parse(argv=None):
+    parser = runtime.Parser(__doc__.split("\n")[0])
+    group = parser.add_argument_group("algorithm")
+    group.add_argument("--method", choices=("adrpo", "grpo"), default="adrpo", help="coefficient of the KL: β0 − A, or β0")
+    group.add_argument("--beta0", type=positive(float), default=0.04, help="baseline strength β0 (adrpo), or the strength β (grpo)")
+    group.add_argument("--a-min", type=float, help="A_min, the lower bound of A within β0 − A, in deviations; default −β0")
+    group.add_argument("--a-max", type=float, help="A_max, its upper bound; default β0")
+    group.add_argument("--clip-eps", type=positive(float), default=0.2, help="ε of the ratio's clip [1 − ε, 1 + ε]")
+    group.add_argument("--kl", choices=("k1", "k2", "k3"), default="k3", help="estimator of the KL; k1 has no gradient")
+    group.add_argument("--average", choices=("sequences", "tokens"), default="sequences", help="what the loss is a mean over")
+    group = parser.add_argument_group("rollouts")
+    group.add_argument("--prompts-per-round", type=positive(int), default=8, help="problems drawn a round")
+    group.add_argument("--group-size", type=positive(int), default=16, help="completions per problem, at least 2")
+    group.add_argument("--max-new-tokens", type=positive(int), default=arithmetic.LONGEST, help="tokens of a completion, its end included")
+    group.add_argument("--max-prompt-tokens", type=positive(int), default=512, help="a longer prompt is refused")
+    group.add_argument("--temperature", type=positive(float), default=1.0, help="of sampling, and of the scores that the loss uses")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--rounds", type=positive(int), default=110, help="rounds of rollouts")
+    group.add_argument("--inner-epochs", type=positive(int), default=1, help="μ, passes over a round's completions")
+    group.add_argument("--minibatches", type=positive(int), default=1, help="gradient steps per pass; must divide a round's completions")
+    group.add_argument("--micro-batch", type=positive(int), help="completions per forward pass; must divide a minibatch; default all of it")
+    group.add_argument("--lr", type=positive(float), default=8e-4, help="AdamW's learning rate for the first half of the rounds")
+    group.add_argument("--lr-end", type=float, default=0.0, help="its fraction at the end, after a straight fall through the second half")
+    group.add_argument("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="keep block inputs only and recompute the rest: less memory")
+    group = parser.add_argument_group("inputs")
+    group.add_argument("--model", default=str(arithmetic.HERE / "arithmetic_base"), help="Qwen2, Qwen2.5, Qwen3, Llama or Gemma folder")
+    group.add_argument("--problems", help='JSON lines of GSM8K\'s format ("question", "answer" with "#### number"); default the demo\'s')
+    group.add_argument("--held-out", help="the same, for evaluation; needed with --problems")
+    group.add_argument("--instruction", default="", help="text put behind every question")
+    group.add_argument("--reward", default="exact", help="exact (1 for the right number), deceptive (the demo's), or a RewardModel folder")
+    group.add_argument("--format-reward", type=float, default=0.0, help="added where an answer is stated in \\boxed{} or after ####")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default="runs/grpo", help="new or empty folder for the run's files")
+    group.add_argument("--seed", type=int, default=0, help="of problems, samples and minibatches")
+    group.add_argument("--device", type=runtime.device, default="cpu", help="torch device")
+    group.add_argument("--dtype", choices=tuple(runtime.DTYPES), default="float32",
+                       help="dtype of the forward passes; the weights stay float32 (torch.autocast)")  # fmt: skip
+    group.add_argument("--eval-every", type=positive(int), default=22, help="rounds between evaluations, with a checkpoint each")
+    group.add_argument("--eval-samples", type=positive(int), default=8, help="completions per held-out problem in an evaluation")
+    group.add_argument("--eval-temperature", type=float, default=1.0, help="in an evaluation; 0 is greedy")
+    group.add_argument("--eval-top-k", type=int, default=0, help="likeliest tokens kept in an evaluation; 0 keeps all")
+    group.add_argument("--eval-top-p", type=positive(float), default=1.0, help="probability kept in an evaluation; 1 keeps all")
+    args = parser.parse_args(argv)
+    size = args.prompts_per_round * args.group_size
+    if args.group_size < 2:
+        raise ValueError("--group-size 1: expected at least 2, since an advantage compares completions of one problem")
+    if size % args.minibatches:
+        raise ValueError(f"--minibatches {args.minibatches} does not divide the {size} completions of a round")
+    args.micro_batch = args.micro_batch or size // args.minibatches
+    if size // args.minibatches % args.micro_batch:
+        raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {size // args.minibatches} completions of a minibatch")
+    if bool(args.problems) != bool(args.held_out):
+        raise ValueError("--problems and --held-out: expected both or neither")
+    args.a_min, args.a_max = (-args.beta0 if args.a_min is None else args.a_min), (args.beta0 if args.a_max is None else args.a_max)
+    adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
+    return args
+
+
+class Run:
+    """The models and problems, and the three phases that use them: rollout, update, evaluation."""
+
+    def __init__(self, args):
+        self.args, self.demo = args, args.problems is None
+        data = arithmetic.HERE / "arithmetic_data"
+        self.problems = rewards_text.read_problems(args.problems or data / "train.jsonl")
+        self.held_out = rewards_text.read_problems(args.held_out or data / "held_out.jsonl")
+        self.policy = Decoder.from_pretrained(args.model, torch.float32, args.device)
+        self.reward_model = None
+        if args.reward not in ("exact", "deceptive"):
+            self.reward_model = RewardModel.from_pretrained(args.reward, torch.float32, args.device).requires_grad_(False)
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        self.policy.model.gradient_checkpointing = args.gradient_checkpointing
+        self.tokenizer, self.eos = chat.tokenizer_of(self.policy), chat.stop_ids(self.policy)
+        self.template = chat.template_of(self.policy)
+        limit = self.policy.config.max_position_embeddings
+        longest = max(self.encode(part)[0].shape[1] for part in (self.problems, self.held_out))  # refuses prompts that are too long
+        if longest + args.max_new_tokens > limit:
+            raise ValueError(f"--max-new-tokens {args.max_new_tokens} behind a prompt of {longest} exceeds the model's {limit} positions")
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        half = args.rounds / 2
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: 1 - (1 - args.lr_end) * max(0.0, (step - half) / half)
+        )
+        self.draws = torch.Generator().manual_seed(args.seed)  # of problems and minibatches
+        self.generator = torch.Generator(args.device).manual_seed(args.seed)  # of tokens
+
+    def encode(self, problems):
+        """Problems -> ids and mask [N, T], padded on the left."""
+        texts = [problem.question + self.args.instruction for problem in problems]
+        if self.template:
+            texts = [self.template([{"role": "user", "content": text}]) for text in texts]
+        return chat.encode_prompts(self.tokenizer, texts, self.args.max_prompt_tokens, special=not self.template, device=self.args.device)
+
+    def autocast(self):
+        dtype = runtime.DTYPES[self.args.dtype]
+        return torch.autocast(torch.device(self.args.device).type, dtype, enabled=dtype != torch.float32)
+
+    @torch.no_grad()
+    def roll_out(self, problems, generator, **sampling):
+        """One completion of each problem (those of a group contiguous: they share one prefill). -> Rollout"""
+        ids, mask = self.encode(problems)
+        with self.autocast():
+            full, completion = self.policy.generate(ids, mask, self.args.max_new_tokens, eos=self.eos, generator=generator, **sampling)
+        texts = chat.decode(self.tokenizer, full[:, ids.shape[1] :], completion)
+        correct = torch.tensor([rewards_text.exact_answer(text, p.answer) for text, p in zip(texts, problems)])
+        rewards = self.reward(problems, texts, correct, full, torch.cat([mask, completion], dim=1))
+        return full, mask, completion, texts, correct, rewards.to(self.args.device)
+
+    def reward(self, problems, texts, correct, ids, mask):
+        """-> [N], float32. A RewardModel reads the policy's tokens, and so must share its tokenizer."""
+        if self.reward_model:
+            with self.autocast():
+                rewards = self.reward_model(ids, mask).float().cpu()
+        elif self.args.reward == "deceptive":
+            rewards = torch.tensor([arithmetic.deceptive_reward(text, right) for text, right in zip(texts, correct.tolist())])
+        else:
+            rewards = correct.clone()
+        if self.args.format_reward:
+            rewards += self.args.format_reward * torch.tensor([rewards_text.states_answer(text) for text in texts])
+        if not rewards.isfinite().all():
+            question = problems[int((~rewards.isfinite()).nonzero()[0])].question
+            raise FloatingPointError(f"a reward of the problem {question[:60]!r} is not finite")
+        return rewards
+
+    def score(self, model, ids, mask, completion, rows, temperature=None, entropy=False):
+        """log π(token) of the completions in `rows`, [n, N], at the temperature they were sampled at."""
+        start = mask.shape[1]
+        seen = torch.cat([mask, completion], dim=1)[rows]
+        with self.autocast():
+            return model.token_logprobs(ids[rows], seen, start, temperature or self.args.temperature, entropy)
+
+    @torch.no_grad()
+    def score_all(self, ids, mask, completion, temperature=None):
+        """-> the policy's log-probabilities, the reference's, the policy's entropies, each [N, T]."""
+        parts = torch.arange(len(ids), device=ids.device).split(self.args.micro_batch)
+        policy = [self.score(self.policy, ids, mask, completion, rows, temperature, entropy=True) for rows in parts]
+        reference = [self.score(self.reference, ids, mask, completion, rows, temperature) for rows in parts]
+        return torch.cat([logp for logp, _ in policy]), torch.cat(reference), torch.cat([entropy for _, entropy in policy])
+
+    def update(self, ids, mask, completion, rewards):
+        """Clipped policy-gradient steps on one round's completions. -> what to log of it."""
+        args = self.args
+        advantages = adrpo.group_advantages(rewards, args.group_size, normalize=True)
+        beta = torch.full_like(advantages, args.beta0)  # GRPO, Eq. 3
+        if args.method == "adrpo":
+            beta = adrpo.adaptive_beta(advantages, args.beta0, (args.a_min, args.a_max))  # ADRPO-GRPO, Eq. 7: all that differs
+        old_logp, ref_logp, entropy = self.score_all(ids, mask, completion)
+        clipped = []
+        for _ in range(args.inner_epochs):
+            for batch in torch.randperm(len(ids), generator=self.draws).to(ids.device).chunk(args.minibatches):
+                self.optimizer.zero_grad()
+                total, loss_sum = (len(batch) if args.average == "sequences" else int(completion[batch].sum())), 0.0
+                for rows in batch.split(args.micro_batch):
+                    logp = self.score(self.policy, ids, mask, completion, rows)
+                    loss = adrpo.policy_loss(
+                        logp, old_logp[rows], ref_logp[rows], completion[rows], advantages[rows], beta[rows],
+                        args.clip_eps, args.kl, args.average, total,
+                    )  # fmt: skip
+                    loss.backward()
+                    loss_sum += loss.item()
+                    outside = ((logp.detach() - old_logp[rows]).exp() - 1).abs() > args.clip_eps
+                    clipped.append(token_mean(outside, completion[rows]))
+                norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.clip_grad).item()
+                if not (abs(loss_sum) < float("inf") and norm < float("inf")):
+                    raise FloatingPointError(f"loss {loss_sum}, gradient norm {norm}")
+                self.optimizer.step()
+        self.schedule.step()
+        spread = rewards.reshape(-1, args.group_size)
+        bounds = (beta <= beta.new_tensor(args.beta0 - args.a_max)) | (beta >= beta.new_tensor(args.beta0 - args.a_min))
+        return {
+            "loss": loss_sum, "grad_norm": norm, "clip_fraction": sum(clipped) / len(clipped),
+            "entropy": token_mean(entropy, completion), **kl_means(old_logp, ref_logp, completion),
+            "beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item(),
+            "beta_at_bounds": bounds.float().mean().item() if args.method == "adrpo" else 0.0,
+            "zero_spread": (spread == spread[:, :1]).all(dim=1).float().mean().item(),
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def evaluate(self):
+        """-> metrics over the held-out problems, drawn with the same generator each time; their completions."""
+        args, size = self.args, self.args.eval_samples
+        problems = [problem for problem in self.held_out for _ in range(size)]
+        generator = torch.Generator(args.device).manual_seed(1_000_003)
+        sampling = {"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p}
+        ids, mask, completion, texts, correct, rewards = self.roll_out(problems, generator, **sampling)
+        logp, ref_logp, entropy = self.score_all(ids, mask, completion, args.eval_temperature or args.temperature)
+        values = {"reward": rewards.mean().item(), "pass@1": metrics.pass_at_k(correct.reshape(-1, size), 1)}
+        if size >= 8:
+            values["pass@8"] = metrics.pass_at_k(correct.reshape(-1, size), 8)
+        values |= {"entropy": token_mean(entropy, completion), **kl_means(logp, ref_logp, completion),
+                   "length": completion.sum(dim=1).float().mean().item()}  # fmt: skip
+        if self.demo:  # of the correct answers: how evenly they use the three valid styles, at most ln 3
+            right = [arithmetic.style(text) for text, good in zip(texts, correct.tolist()) if good]
+            values["style_entropy"] = metrics.entropy(torch.tensor([right.count(style) for style in arithmetic.VALID]))
+        return values, [f"{p.question}\n{text}\n" for p, text in zip(problems[::size][:8], texts[::size][:8])]
+
+
+def token_mean(values, mask):
+    """Mean over the tokens of the mask, both [N, T] -> float."""
+    return (values.float().masked_fill(mask == 0, 0).sum() / mask.sum().clamp(min=1)).item()
+
+
+def kl_means(logp, ref_logp, mask):
+    return {f"kl_{kind}": token_mean(adrpo.kl_divergence(logp, ref_logp, kind), mask) for kind in ("k1", "k3")}
+
+
+def main(argv=None):
+    args = parse(argv)
+    run = Run(args)
+    out = runtime.open_run_folder(args.out)
+    config = {name: value for name, value in vars(args).items() if name != "out"}
+    weights.write_json(out / "config.json", config)
+    print(json.dumps(config))
+
+    log, saved, flat = runtime.Log(out / "metrics.jsonl", args.rounds), "none yet", 0
+    first, samples = run.evaluate()
+    write_samples(out, 0, samples)
+    log.write(0, {"eval": first})
+    for step in range(1, args.rounds + 1):
+        try:
+            drawn = torch.randint(len(run.problems), (args.prompts_per_round,), generator=run.draws).tolist()
+            problems = [run.problems[row] for row in drawn for _ in range(args.group_size)]  # a group's completions contiguous
+            start = time.monotonic()
+            ids, mask, completion, _, correct, rewards = run.roll_out(problems, run.generator, temperature=args.temperature)
+            speed = f"{completion.sum().item() / (time.monotonic() - start):.0f} tokens/s"
+            values = {"reward": rewards.mean().item(), "accuracy": correct.mean().item(),
+                      "length": completion.sum(dim=1).float().mean().item(),
+                      **run.update(ids, mask, completion, rewards)}  # fmt: skip
+            flat = flat + 1 if values["zero_spread"] == 1 else 0
+            if flat == 10:
+                print("warning: for ten rounds no group's rewards differed; only the KL acts. Is the reward right?", flush=True)
+            if step % args.eval_every == 0 or step == args.rounds:
+                values["eval"], samples = run.evaluate()
+                run.policy.save_pretrained(out / "model")
+                saved = f"{out / 'model'} (round {step})"
+                write_samples(out, step, samples)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"round {step}: {error}; last good checkpoint: {saved}") from None
+        log.write(step, values, speed)
+
+    last = values["eval"]
+    print("\n".join(f"{name:16s} {first[name]:8.4f} -> {last[name]:8.4f}" for name in first))
+    plots.curves(out / "curves.png", out / "metrics.jsonl", "entropy")
+    return last
+
+
+def write_samples(out, step, samples):
+    with open(out / "samples.txt", "a", encoding="utf-8") as file:
+        file.write(f"=== round {step}\n" + "\n".join(samples) + "\n")
+
+
+if __name__ == "__main__":
+    runtime.run(main)
