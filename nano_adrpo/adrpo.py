@@ -108,7 +108,7 @@ def squared_error(a, b):
     """|a − b|², the mean over all dimensions but the first: [N, ...] -> [N]."""
     if a.shape != b.shape:
         raise ValueError(f"shapes {list(a.shape)} and {list(b.shape)} differ")
-    return (_float(a) - _float(b)).square().flatten(1).mean(dim=1)
+    return (_float(a) - _float(b)).square().reshape(len(a), -1).mean(dim=1)
 
 
 def reward_weights(rewards, tau, group_size):
