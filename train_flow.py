@@ -9,6 +9,7 @@ advantages, take a few gradient steps on fresh times and noises, log. The refere
 Written to --out: config.json, metrics.jsonl, model/ (the tuned model, in the layout it came in) and, with matplotlib,
 before_after.png and curves.png.
 """
+
 import copy
 import json
 import math
@@ -31,7 +32,7 @@ def parse(argv=None):
     group = parser.add_argument_group("algorithm")
     group.add_argument("--method", choices=METHODS, default="adrpo", help="coefficients of the loss, see nano_adrpo/adrpo.py")
     group.add_argument("--beta0", type=positive(float), default=1.0,
-                       help="baseline strength β0 (adrpo), or the strength β (fixed-beta: in units of the reward; orw-cfm-w2: of its weights)")  # fmt: skip
+                       help="β0 (adrpo), or β (fixed-beta: in units of the reward; orw-cfm-w2: of its weights)")  # fmt: skip
     group.add_argument("--a-min", type=float, default=-8.0, help="A_min, the advantage's lower bound, in units of the reward")
     group.add_argument("--a-max", type=float, default=8.0, help="A_max, its upper bound")
     group.add_argument("--tau", type=positive(float), default=0.1, help="τ of orw-cfm-w2's exp(τ·R), per unit of the reward")
@@ -50,7 +51,9 @@ def parse(argv=None):
     group.add_argument("--inner-steps", type=positive(int), default=4, help="gradient steps a round")
     group.add_argument("--lr", type=positive(float), default=1e-4, help="Adam's learning rate")
     group.add_argument("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
-    group.add_argument("--micro-batch", type=positive(int), help="samples (dpo: pairs) per forward pass; must divide a round's; default all")
+    group.add_argument(
+        "--micro-batch", type=positive(int), help="samples (dpo: pairs) per forward pass; must divide a round's; default all"
+    )
     group = parser.add_argument_group("inputs")
     group.add_argument("--model", default=str(digits.HERE / "base"), help="folder in diffusers' SD3 pipeline layout")
     group.add_argument("--reward", default=str(digits.HERE / "clip"), help="CLIP folder whose ClipScore is the reward, 0 … 100")
@@ -61,15 +64,20 @@ def parse(argv=None):
     group.add_argument("--device", type=runtime.device, default="cpu", help="torch device")
     group.add_argument("--dtype", choices=tuple(runtime.DTYPES), default="float32",
                        help="dtype of the forward passes; the weights stay float32 (torch.autocast)")  # fmt: skip
-    group.add_argument("--eval-every", type=positive(int), default=20, help="rounds between evaluations, with a checkpoint each")
+    group.add_argument(
+        "--eval-every", type=positive(int), default=20, help="rounds between evaluations, with a checkpoint each"
+    )
     group.add_argument("--eval-samples", type=positive(int), default=8, help="samples per prompt in an evaluation, at least 2")
     args = parser.parse_args(argv)
     for option in ("group_size", "eval_samples"):
         if getattr(args, option) < 2:
-            raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 2, to compare samples of a prompt")
-    units = args.prompts_per_round * (1 if args.method == "dpo" else args.group_size)
-    if args.micro_batch and units % args.micro_batch:
-        raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {units} {'pairs' if args.method == 'dpo' else 'samples'} of a round")
+            raise ValueError(
+                f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 2, to compare samples of a prompt"
+            )
+    units, what = (1, "pairs") if args.method == "dpo" else (args.group_size, "samples")
+    if args.micro_batch and args.prompts_per_round * units % args.micro_batch:
+        count = args.prompts_per_round * units
+        raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {count} {what} of a round")
     adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
     return args
 

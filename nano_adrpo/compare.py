@@ -4,10 +4,11 @@
     python -m nano_adrpo.compare grpo          # the arithmetic demo: GRPO and ADRPO-GRPO, and the clip of the paper's Table 3
     python -m nano_adrpo.compare deceptive     # arithmetic in which a guess pays a little: who escapes?
 
-A comparison that was interrupted goes on where it stopped. Each run is one of the training scripts in a process of its own, in a
-folder of its own. Written to --out: table.md (mean ± standard error over seeds), results.json (every evaluated round, mean over
+A comparison that was interrupted goes on where it stopped. Each run is one of the training scripts, in a process and a folder of
+its own. Written to --out: table.md (mean ± standard error over seeds), results.json (every evaluated round, mean over
 seeds) and the trade-off pictures, reward against diversity and against divergence.
 """
+
 import itertools
 import json
 import os
@@ -40,21 +41,30 @@ FLOW = {  # the strengths of each method span weak to strong regularisation
     **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (1, 2, 5)},
     **{f"ADRPO β0={b:g}, clip ±β0": {"method": "adrpo", "beta0": b, "a-min": -b, "a-max": b} for b in (1, 5)},
     **{f"fixed β={b:g}": {"method": "fixed-beta", "beta0": b} for b in (1, 2, 5)},
-    **{f"ORW-CFM-W2 τ={t:g}, β={b:g}": {"method": "orw-cfm-w2", "tau": t, "beta0": b} for t, b in ((0.1, 0.3), (0.3, 0.3), (0.3, 1))},
+    **{
+        f"ORW-CFM-W2 τ={t:g}, β={b:g}": {"method": "orw-cfm-w2", "tau": t, "beta0": b}
+        for t, b in ((0.1, 0.3), (0.3, 0.3), (0.3, 1))
+    },
     **{f"DPO β={b:g}": {"method": "dpo", "beta-dpo": b} for b in (20, 50, 200)},
     "RAFT": {"method": "raft"},
 }
 GRPO = {  # ADRPO puts up to 2·β0 on a losing sample, so GRPO is run at β0 and at 2·β0
     **{f"GRPO β={b:g}": {"method": "grpo", "beta0": b} for b in (0.04, 0.08, 0.2, 0.4)},
     **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (0.04, 0.2)},
-    **{f"ADRPO β0=0.04, clip {k:g}×β0": {"method": "adrpo", "beta0": 0.04, "a-min": -0.04 * k, "a-max": 0.04 * k} for k in (0.5, 2)},
+    **{
+        f"ADRPO β0=0.04, clip {k:g}×β0": {"method": "adrpo", "beta0": 0.04, "a-min": -0.04 * k, "a-max": 0.04 * k}
+        for k in (0.5, 2)
+    },
 }
 DECEPTIVE = {
     **{f"GRPO β={b:g}": {"method": "grpo", "beta0": b} for b in (0.04, 0.2, 0.4)},
     **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (0.04, 0.2)},
 }
 COMPARISONS = {
-    "flow": Comparison("train_flow", FLOW, 40, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"), (1e-4, 3e-4, 1e-3), {"eval-every": 10}),
+    "flow": Comparison(
+        "train_flow", FLOW, 40, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"),
+        rates=(1e-4, 3e-4, 1e-3), common={"eval-every": 10},
+    ),
     "grpo": Comparison("train_grpo", GRPO, 110, 3, "pass@1", ("entropy", "style_entropy", "kl_k1"), ("reward",)),
     "deceptive": Comparison(
         "train_grpo", DECEPTIVE, 150, 5, "pass@1", ("entropy", "kl_k1"), ("reward", "pass@1"),
@@ -72,7 +82,11 @@ def main(argv=None):
     parser.add_argument("--workers", type=runtime.positive(int), default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args(argv)
     comparison = COMPARISONS[args.what]
-    out, seeds, rounds = Path(args.out or f"runs/compare_{args.what}"), args.seeds or comparison.seeds, args.rounds or comparison.rounds
+    out, seeds, rounds = (
+        Path(args.out or f"runs/compare_{args.what}"),
+        args.seeds or comparison.seeds,
+        args.rounds or comparison.rounds,
+    )
     jobs = {
         (name, lr, seed): {**options, **({"lr": lr} if lr else {}), "seed": seed, "rounds": rounds, **comparison.common}
         for seed in range(seeds)  # outermost: an interrupted comparison has every setting at fewer seeds
@@ -100,7 +114,10 @@ def run_all(script, jobs, out, workers):
         done.append(job)
         left = (time.monotonic() - start) / len(done) * (len(missing) - len(done))
         name, lr, seed = job
-        print(f"{len(done)}/{len(missing)}  {name}, {f'lr {lr:g}, ' if lr else ''}seed {seed}  {left / 60:.0f} min left", flush=True)
+        print(
+            f"{len(done)}/{len(missing)}  {name}, {f'lr {lr:g}, ' if lr else ''}seed {seed}  {left / 60:.0f} min left",
+            flush=True,
+        )
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, missing))
@@ -145,7 +162,9 @@ def summarise(results, seeds):
             {metric: mean_and_standard_error([point[metric] for point in points])[0] for metric in points[0]}
             for points in zip(*runs)
         ]
-        final = {metric: mean_and_standard_error([run[-1][metric] for run in runs]) for metric in runs[0][-1] if metric != "round"}
+        final = {
+            metric: mean_and_standard_error([run[-1][metric] for run in runs]) for metric in runs[0][-1] if metric != "round"
+        }
         rows.append({"setting": name, "lr": lr, "final": final, "path": path})
     return rows
 

@@ -1,4 +1,5 @@
 """What the tables report. Pure functions of tensors, each a mean over samples or groups, in float32 or better."""
+
 import math
 
 import torch

@@ -3,6 +3,7 @@
 SD3 samples with Euler steps on the shifted grid below; the other methods are the textbook's (Hairer, Nørsett & Wanner 1993,
 chapter II.1). The error of a method of order p falls as h^p.
 """
+
 import torch
 
 EVALUATIONS = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4}  # velocity evaluations a step; the orders are 1, 2, 2, 4

@@ -1,4 +1,5 @@
 """Pictures of runs, with matplotlib where it is installed (extra `plots`); without it a line says what was left out."""
+
 import importlib
 import importlib.util
 import json
@@ -32,7 +33,9 @@ def grids(file, panels, prompts):
         axis.imshow(grid.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
         axis.set_title(title, fontsize=10)
         axis.set_xticks([])
-        axis.set_yticks([height * (row + 0.5) for row in range(len(prompts))] if column == 0 else [], prompts if column == 0 else [])
+        axis.set_yticks(
+            [height * (row + 0.5) for row in range(len(prompts))] if column == 0 else [], prompts if column == 0 else []
+        )
     save(plt, figure, file)
 
 

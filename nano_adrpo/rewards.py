@@ -1,4 +1,5 @@
 """Reward functions: (images [N, C, H, W] in [−1, 1], N prompts) -> rewards [N], float32. Higher is better."""
+
 from pathlib import Path
 
 import torch

@@ -1,4 +1,5 @@
 """What a training script needs around its loop: options, errors, the run folder, progress."""
+
 import argparse
 import json
 import math
@@ -15,9 +16,7 @@ class Parser(argparse.ArgumentParser):
     """Options are refused unless spelt in full, and a refusal is one line."""
 
     def __init__(self, description):
-        super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
         print(f"error: {message}", file=sys.stderr)

@@ -6,6 +6,7 @@ tokenizer/ and tokenizer_2/. Such a model works in pixel space: its latents are 
 This is the one place where time is turned round. The paper: t = 0 noise, t = 1 data, velocity dx/dt = x1 − x0 = data − noise.
 SD3's network: sigma = 1 − t, output noise − data. Hence velocity(x, t) = −network(x, 1 − t).
 """
+
 import json
 import warnings
 from dataclasses import dataclass
@@ -86,8 +87,8 @@ class TextToImage:
         width, pooled = sum(e.config.hidden_size for e in encoders), sum(e.config.projection_dim for e in encoders)
         if width > transformer.config.joint_attention_dim or pooled != transformer.config.pooled_projection_dim:
             raise ValueError(
-                f"{path}: the text encoders give width {width} and pooled width {pooled}; transformer/config.json expects at most "
-                f"{transformer.config.joint_attention_dim} and exactly {transformer.config.pooled_projection_dim}"
+                f"{path}: the text encoders give width {width} and pooled width {pooled}; transformer/config.json expects at "
+                f"most {transformer.config.joint_attention_dim} and exactly {transformer.config.pooled_projection_dim}"
             )
         return model
 

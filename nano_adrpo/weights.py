@@ -4,6 +4,7 @@ Every model is loaded the same way: build it on the meta device from its config,
 layout's key map, check each name and shape against the model, assign. Nothing is unpickled, nothing from a checkpoint is
 run, and every file is written whole or not at all.
 """
+
 import dataclasses
 import functools
 import json
@@ -15,9 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -35,13 +45,17 @@ class Checkpoint:
         index = self.path / f"{stem}.safetensors.index.json"
         if len(self.files) > 1 and (listed := set(read_json(index)["weight_map"])) != set(self.home):
             key = min(listed ^ set(self.home))
-            raise ValueError(f"{index}: key '{key}' is {'listed but in no shard' if key in listed else 'in a shard but not listed'}")
+            raise ValueError(
+                f"{index}: key '{key}' is {'listed but in no shard' if key in listed else 'in a shard but not listed'}"
+            )
         headers = {key: self.files[file].get_slice(key) for key, file in self.home.items()}
         self.shapes = {key: tuple(header.get_shape()) for key, header in headers.items()}
         self.dtypes = {key: DTYPES.get(header.get_dtype()) for key, header in headers.items()}
         if None in self.dtypes.values():
             key = next(key for key, dtype in self.dtypes.items() if dtype is None)
-            raise ValueError(f"{self.home[key]}: key '{key}' has dtype {headers[key].get_dtype()}; expected one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{self.home[key]}: key '{key}' has dtype {headers[key].get_dtype()}; expected one of {', '.join(DTYPES)}"
+            )
 
     def read(self, key, device=None):
         """The tensor under `key`, as stored; on the meta device nothing is read."""
@@ -60,7 +74,9 @@ def _files(path, stem):
             return [path / name]
     index = path / f"{stem}.safetensors.index.json"
     if not index.is_file():
-        raise FileNotFoundError(f"{path}: no {stem}.safetensors and no {index.name} in this folder (pickled .bin files are not read)")
+        raise FileNotFoundError(
+            f"{path}: no {stem}.safetensors and no {index.name} in this folder (pickled .bin files are not read)"
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: expected a 'weight_map' from keys to shard files")
@@ -164,8 +180,10 @@ def parse_config(cls, values, where):
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}: key '{name}' is missing")
-        if name in values and field.type in (int, float) and (
-            isinstance(values[name], bool) or not isinstance(values[name], (int, field.type)) or values[name] <= 0
+        if (
+            name in values
+            and field.type in (int, float)
+            and (isinstance(values[name], bool) or not isinstance(values[name], (int, field.type)) or values[name] <= 0)
         ):
             raise ValueError(f"{where}: key '{name}' is {values[name]!r}; expected a positive {field.type.__name__}")
     try:

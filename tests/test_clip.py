@@ -1,4 +1,5 @@
 """CLIP: golden outputs of transformers, masks, full-size shapes, bad files."""
+
 import json
 from pathlib import Path
 
@@ -14,7 +15,10 @@ GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 
 def build(style="openai"):
     extra = tiny.CLIP_STYLES[style]
-    text, vision = clip.TextConfig(**tiny.CLIP_TEXT, **extra), clip.VisionConfig(**tiny.CLIP_VISION, hidden_act=extra["hidden_act"])
+    text, vision = (
+        clip.TextConfig(**tiny.CLIP_TEXT, **extra),
+        clip.VisionConfig(**tiny.CLIP_VISION, hidden_act=extra["hidden_act"]),
+    )
     return tiny.fill(clip.CLIP(clip.Config(text, vision, 24)))
 
 
@@ -57,7 +61,9 @@ def test_folders_round_trip(tmp_path):
     model, (ids, pixels) = build(), tiny.clip_inputs()
     model.save_pretrained(tmp_path / "clip")
     again = clip.CLIP.from_pretrained(tmp_path / "clip")
-    assert torch.equal(again.encode_text(ids), model.encode_text(ids)) and torch.equal(again.encode_image(pixels), model.encode_image(pixels))
+    assert torch.equal(again.encode_text(ids), model.encode_text(ids)) and torch.equal(
+        again.encode_image(pixels), model.encode_image(pixels)
+    )
     text_only(model).save_pretrained(tmp_path / "text")
     assert torch.equal(clip.CLIPText.from_pretrained(tmp_path / "text")(ids)[0], text_only(model)(ids)[0])
     assert clip.CLIP.from_pretrained(tmp_path / "clip", torch.float16).logit_scale.dtype == torch.float16
@@ -66,7 +72,10 @@ def test_folders_round_trip(tmp_path):
 def test_the_position_ids_of_older_files_are_passed_over(tmp_path):
     build().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {f"{t}_model.embeddings.position_ids": torch.arange(16)[None] for t in ("text", "vision")}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {f"{t}_model.embeddings.position_ids": torch.arange(16)[None] for t in ("text", "vision")},
+        tmp_path / "model.safetensors",
+    )
     ids, _ = tiny.clip_inputs()
     assert torch.equal(clip.CLIP.from_pretrained(tmp_path).encode_text(ids), build().encode_text(ids))
 
@@ -77,15 +86,28 @@ L14 = dict(
     vision=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14),
 )
 BIG_G = dict(
-    text=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu", projection_dim=1280),
-    vision=dict(hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, num_attention_heads=16, patch_size=14, hidden_act="gelu"),
+    text=dict(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        hidden_act="gelu",
+        projection_dim=1280,
+    ),
+    vision=dict(
+        hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, num_attention_heads=16, patch_size=14, hidden_act="gelu"
+    ),
 )
 
 
-@pytest.mark.parametrize("sizes, both, text", [(L14, 427_616_513, 123_650_304), (BIG_G, 2_539_567_105, 694_659_840)], ids=["L14", "bigG"])
+@pytest.mark.parametrize(
+    "sizes, both, text", [(L14, 427_616_513, 123_650_304), (BIG_G, 2_539_567_105, 694_659_840)], ids=["L14", "bigG"]
+)
 def test_full_size_parameter_counts(sizes, both, text):
     with torch.device("meta"):
-        model = clip.CLIP(clip.Config(clip.TextConfig(**sizes["text"]), clip.VisionConfig(**sizes["vision"]), sizes["text"]["projection_dim"]))
+        model = clip.CLIP(
+            clip.Config(clip.TextConfig(**sizes["text"]), clip.VisionConfig(**sizes["vision"]), sizes["text"]["projection_dim"])
+        )
         tower = clip.CLIPText(clip.TextConfig(**sizes["text"]))
     assert sum(p.numel() for p in model.parameters()) == both
     assert sum(p.numel() for p in tower.parameters()) == text

@@ -1,4 +1,5 @@
 """The digits demo: data, measured attributes, judge, and that the committed checkpoints are what their recipes make."""
+
 import hashlib
 
 import pytest
@@ -12,7 +13,18 @@ from nano_adrpo.models.clip import CLIP
 def test_the_data_are_the_uci_test_set():
     images, labels, held = digits.load()
     assert images.shape == (1797, 1, 8, 8) and images.min() == -1 and images.max() == 1
-    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # as scikit-learn's load_digits has them
+    assert labels.bincount().tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]  # as scikit-learn's load_digits has them
     raw = ((images + 1) * 8).byte().numpy().tobytes()
     assert hashlib.sha256(raw).hexdigest().startswith("8f26b2bd9d135c25")
     assert held.sum() == 599
@@ -56,9 +68,13 @@ def test_the_judge_knows_real_images_and_sees_what_is_wrong():
     assert values["out_of_range"] == 0 and values["frechet"] < 3
     mirrored = [p.replace("slanted", "upright") if "slanted" in p else p.replace("upright", "slanted") for p in prompts]
     both = torch.tensor([p == q for p, q in zip(prompts, mirrored)])
-    assert judge.evaluate(images[rows], mirrored)["slant"] == pytest.approx(both.float().mean().item())  # only where nothing was asked
+    assert judge.evaluate(images[rows], mirrored)["slant"] == pytest.approx(
+        both.float().mean().item()
+    )  # only where nothing was asked
     noise = judge.evaluate(torch.randn(400, 1, 8, 8, generator=torch.Generator().manual_seed(0)), digits.PROMPTS * 10)
-    assert noise["joint"] < 0.15 and noise["frechet"] > 10 and noise["out_of_range"] == pytest.approx(0.271, abs=0.02)  # P(|z| > 1.1)
+    assert (
+        noise["joint"] < 0.15 and noise["frechet"] > 10 and noise["out_of_range"] == pytest.approx(0.271, abs=0.02)
+    )  # P(|z| > 1.1)
     with pytest.raises(ValueError, match="'a cat' is not a digit caption"):
         judge.evaluate(images[:1], ["a cat"])
 

@@ -1,4 +1,5 @@
 """Metrics against numbers by hand and closed forms."""
+
 import itertools
 import math
 
@@ -35,9 +36,12 @@ def test_frechet_distance_between_gaussians():
     a, b = sample([1.0, 0.0, 2.0], [1.0, 2.0, 0.0]), sample([0.0, 0.0, 0.0], [3.0, 0.5, 1.0])
     assert metrics.frechet_distance(a, b) == pytest.approx(1 + 4 + (1 - 3) ** 2 + (2 - 0.5) ** 2 + 1, rel=1e-9)
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    # and one pair that does not commute: tr (Σa·Σb)^½ from the eigenvalues of the 2 × 2 product, Σa = diag(4, 1), Σb = [[2, 1], [1, 2]]
+    # and a pair that does not commute, Σa = diag(4, 1), Σb = [[2, 1], [1, 2]]: tr (Σa·Σb)^½ from their product's eigenvalues
     p = sample([0.0, 0.0, 0.0], [2.0, 1.0, 1.0])[:, :2]
-    q = sample([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])[:, :2] @ torch.linalg.cholesky(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)).T
+    q = (
+        sample([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])[:, :2]
+        @ torch.linalg.cholesky(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)).T
+    )
     trace, determinant = 8 + 2, 4 * 3  # of Σa·Σb; (√λ1 + √λ2)² = trace + 2·√determinant
     assert metrics.frechet_distance(p, q) == pytest.approx(5 + 4 - 2 * math.sqrt(trace + 2 * math.sqrt(determinant)), rel=1e-9)
 
@@ -51,7 +55,10 @@ def test_mean_and_standard_error_by_hand():
 def test_pass_at_k_is_the_enumerated_chance():
     correct = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
     for k in range(1, 6):
-        chances = [sum(any(row[i] for i in chosen) for chosen in itertools.combinations(range(5), k)) / math.comb(5, k) for row in correct]
+        chances = [
+            sum(any(row[i] for i in chosen) for chosen in itertools.combinations(range(5), k)) / math.comb(5, k)
+            for row in correct
+        ]
         assert metrics.pass_at_k(correct, k) == pytest.approx(sum(chances) / 3)
     with pytest.raises(ValueError, match="k is 6; expected 1 … 5"):
         metrics.pass_at_k(correct, 6)

@@ -1,4 +1,5 @@
 """The SD3 transformer: golden outputs of diffusers, both public layouts, full-size shapes, bad files."""
+
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from nano_adrpo.models.mmdit import MMDiT, Config
+from nano_adrpo.models.mmdit import Config, MMDiT
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 
@@ -99,8 +100,10 @@ def full_size(layers, dual=0, qk_norm=False, dim=1536, table=192 * 192):
     """Stability's published key names and shapes: SD3-medium (24 layers, 1536 wide), SD3.5-medium, SD3.5-large (38, 2432)."""
     shapes = {
         "pos_embed": (1, table, dim), "x_embedder.proj.weight": (dim, 16, 2, 2), "x_embedder.proj.bias": (dim,),
-        "t_embedder.mlp.0.weight": (dim, 256), "t_embedder.mlp.0.bias": (dim,), "t_embedder.mlp.2.weight": (dim, dim), "t_embedder.mlp.2.bias": (dim,),
-        "y_embedder.mlp.0.weight": (dim, 2048), "y_embedder.mlp.0.bias": (dim,), "y_embedder.mlp.2.weight": (dim, dim), "y_embedder.mlp.2.bias": (dim,),
+        "t_embedder.mlp.0.weight": (dim, 256), "t_embedder.mlp.0.bias": (dim,),
+        "t_embedder.mlp.2.weight": (dim, dim), "t_embedder.mlp.2.bias": (dim,),
+        "y_embedder.mlp.0.weight": (dim, 2048), "y_embedder.mlp.0.bias": (dim,),
+        "y_embedder.mlp.2.weight": (dim, dim), "y_embedder.mlp.2.bias": (dim,),
         "context_embedder.weight": (dim, 4096), "context_embedder.bias": (dim,),
         "final_layer.linear.weight": (64, dim), "final_layer.linear.bias": (64,),
         "final_layer.adaLN_modulation.1.weight": (2 * dim, dim), "final_layer.adaLN_modulation.1.bias": (2 * dim,),
@@ -173,7 +176,10 @@ def test_a_single_file_of_another_family_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"_class_name": "FluxTransformer2DModel"}, "'_class_name' is 'FluxTransformer2DModel'; expected 'SD3Transformer2DModel'"),
+        (
+            {"_class_name": "FluxTransformer2DModel"},
+            "'_class_name' is 'FluxTransformer2DModel'; expected 'SD3Transformer2DModel'",
+        ),
         ({"num_layers": "three"}, "key 'num_layers' is 'three'; expected a positive int"),
         ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'; expected null or 'rms_norm'"),
         ({"caption_projection_dim": 64}, "caption_projection_dim is 64; expected heads × head dim = 128"),

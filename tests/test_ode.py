@@ -1,4 +1,5 @@
 """Integrators and time grids: observed orders, exact cases, the law of the samples."""
+
 import math
 
 import pytest
@@ -30,7 +31,9 @@ def test_evaluations_per_step(method):
 @pytest.mark.parametrize("method", ORDERS)
 def test_a_constant_velocity_is_exact_on_any_grid(method):
     x0 = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
-    states = ode.sample(lambda x, t: torch.full_like(x, 3.0), x0, ode.time_grid(7, shift=3.0, dtype=torch.float64), method, trajectory=True)
+    states = ode.sample(
+        lambda x, t: torch.full_like(x, 3.0), x0, ode.time_grid(7, shift=3.0, dtype=torch.float64), method, trajectory=True
+    )
     assert states.shape == (8, 1, 2) and torch.equal(states[0], x0)
     assert torch.allclose(states[-1], x0 + 3)
 
@@ -79,4 +82,8 @@ def test_euler_on_the_exact_gaussian_velocity_reaches_the_right_law():
         (ode.sample(velocity, x0, ode.time_grid(steps, dtype=torch.float64)) - (m + s * x0)).abs().max().item()
         for steps in (50, 100, 200)
     ]
-    assert errors[2] < 0.03 and errors[0] / errors[1] == pytest.approx(2, abs=0.1) and errors[1] / errors[2] == pytest.approx(2, abs=0.05)
+    assert (
+        errors[2] < 0.03
+        and errors[0] / errors[1] == pytest.approx(2, abs=0.1)
+        and errors[1] / errors[2] == pytest.approx(2, abs=0.05)
+    )

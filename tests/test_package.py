@@ -1,4 +1,5 @@
 """What the package promises about itself: four dependencies, no pickle, no network, no machine's paths."""
+
 import ast
 import re
 import sys
@@ -42,5 +43,7 @@ def test_only_plots_names_a_library_beyond_the_four():
 def test_pins_stand_in_one_place():
     pinned = re.compile(r"torch\s*==")
     holders = [f for f in ROOT.rglob("*") if f.suffix in {".py", ".toml", ".txt", ".md", ".yml"} or f.name == "run"]
-    holders = [f for f in holders if ".venv" not in f.parts and f != Path(__file__) and pinned.search(f.read_text(encoding="utf-8"))]
+    holders = [
+        f for f in holders if ".venv" not in f.parts and f != Path(__file__) and pinned.search(f.read_text(encoding="utf-8"))
+    ]
     assert [f.name for f in holders] == ["constraints.txt"]

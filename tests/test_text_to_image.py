@@ -1,4 +1,5 @@
 """SD3 as one object: the direction of time, prompts, folders."""
+
 import json
 import shutil
 
@@ -80,13 +81,18 @@ def test_two_encoders_stand_side_by_side(tmp_path):
     both.transformer.config.joint_attention_dim = 150
     condition, single = both.encode(["a handwritten one"]), one.encode(["a handwritten one"])
     assert condition.context.shape == (1, 8, 150) and condition.pooled.shape == (1, 64)
-    assert torch.equal(condition.context[..., 64:128], single.context[..., :64]) and condition.context[..., 128:].abs().max() == 0
+    assert (
+        torch.equal(condition.context[..., 64:128], single.context[..., :64]) and condition.context[..., 128:].abs().max() == 0
+    )
 
 
 @pytest.mark.parametrize(
     "break_it, message",
     [
-        (lambda f: shutil.rmtree(f / "transformer"), "no transformer/ in it; expected a folder in diffusers' SD3 pipeline layout"),
+        (
+            lambda f: shutil.rmtree(f / "transformer"),
+            "no transformer/ in it; expected a folder in diffusers' SD3 pipeline layout",
+        ),
         (lambda f: shutil.rmtree(f / "text_encoder"), "text_encoder: no such folder; it encodes the prompts"),
         (lambda f: (f / "vae").mkdir(), "vae: not supported"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "tokenizer.json: no such file"),

@@ -1,4 +1,5 @@
 """train_flow.py end to end on the shipped base model: learning, determinism, methods, bad input."""
+
 import json
 import shutil
 import subprocess
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_flow
 from safetensors.torch import load_file, save_file
 
+import train_flow
 from nano_adrpo import adrpo, compare, runtime
 from nano_adrpo.demo import digits
 from nano_adrpo.text_to_image import TextToImage
@@ -28,13 +29,22 @@ def lines(out):
 
 def test_three_rounds_write_everything(tmp_path):
     values = train(tmp_path / "run")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "model", "before_after.png", "curves.png"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "model",
+        "before_after.png",
+        "curves.png",
+    }
     rows = lines(tmp_path / "run")
     assert [row["round"] for row in rows] == [0, 1, 2, 3] and [("eval" in row) for row in rows] == [True, False, True, True]
     assert rows[0]["eval"]["w2"] == 0 < rows[3]["eval"]["w2"] and rows[3]["eval"] == values
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["beta0"] == 1.0 and config["group_size"] == 4
-    tuned, base = (TextToImage.from_pretrained(path).transformer.state_dict() for path in (tmp_path / "run" / "model", digits.HERE / "base"))
+    tuned, base = (
+        TextToImage.from_pretrained(path).transformer.state_dict()
+        for path in (tmp_path / "run" / "model", digits.HERE / "base")
+    )
     assert tuned.keys() == base.keys() and not all(torch.equal(tuned[name], base[name]) for name in base)
 
 
@@ -57,10 +67,32 @@ def test_the_split_into_micro_batches_changes_nothing(tmp_path, method):
 
 def test_the_first_gradient_is_the_losses_own(tmp_path, monkeypatch):
     # Re-draws the first inner step of the first round outside the script and differentiates Eq. 6, written out here.
-    args = train_flow.parse([*SMALL, "--out", str(tmp_path), "--beta0", "2", "--a-min", "-5", "--a-max", "3", "--inner-steps", "1", "--clip-grad", "1e9"])
+    args = train_flow.parse(
+        [
+            *SMALL,
+            "--out",
+            str(tmp_path),
+            "--beta0",
+            "2",
+            "--a-min",
+            "-5",
+            "--a-max",
+            "3",
+            "--inner-steps",
+            "1",
+            "--clip-grad",
+            "1e9",
+        ]
+    )
     run, again = train_flow.Run(args), train_flow.Run(args)
     gradient = {}
-    monkeypatch.setattr(run.optimizer, "step", lambda: gradient.update({n: p.grad.clone() for n, p in run.policy.transformer.named_parameters() if p.grad is not None}))
+    monkeypatch.setattr(
+        run.optimizer,
+        "step",
+        lambda: gradient.update(
+            {n: p.grad.clone() for n, p in run.policy.transformer.named_parameters() if p.grad is not None}
+        ),
+    )
     rows = torch.arange(4).repeat_interleave(4)
     x1, _, rewards = run.roll_out(rows, run.noise(16, run.generator))
     run.update(rows, x1, rewards)
@@ -97,8 +129,8 @@ def test_coefficients_are_the_table():
 
 def test_other_options_run(tmp_path):
     (tmp_path / "prompts.txt").write_text("a bold handwritten two\n\n a thin handwritten nine \n")
-    values = train(tmp_path / "run", "--prompts", tmp_path / "prompts.txt", "--guidance", 2, "--ode-method", "heun", "--shift", 3,
-                   "--time-density", "noise", "--dtype", "bfloat16")  # fmt: skip
+    options = "--guidance 2 --ode-method heun --shift 3 --time-density noise --dtype bfloat16".split()
+    values = train(tmp_path / "run", "--prompts", tmp_path / "prompts.txt", *options)
     assert set(values) == {"reward", "clip_diversity", "pixel_diversity", "w2"}  # no judge for prompts that are not the demo's
 
 
@@ -202,7 +234,9 @@ def test_a_reward_or_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, mon
     line = refused(capsys, "--out", tmp_path / "run")
     assert "round 3: loss nan" in line and f"last good checkpoint: {tmp_path / 'run' / 'model'} (round 2)" in line
     TextToImage.from_pretrained(tmp_path / "run" / "model")
-    monkeypatch.setattr(train_flow.ClipScore, "__call__", lambda self, images, prompts: torch.full((len(prompts),), float("inf")))
+    monkeypatch.setattr(
+        train_flow.ClipScore, "__call__", lambda self, images, prompts: torch.full((len(prompts),), float("inf"))
+    )
     assert "a reward of the prompt" in refused(capsys, "--out", tmp_path / "other")
 
 
@@ -218,20 +252,35 @@ def test_the_script_runs_as_a_script(tmp_path):
 
 
 def test_the_comparison_resumes_and_averages(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare.COMPARISONS["flow"], "settings", {"ADRPO β0=1": {"method": "adrpo", "beta0": 1}, "RAFT": {"method": "raft"}})
+    monkeypatch.setattr(
+        compare.COMPARISONS["flow"], "settings", {"ADRPO β0=1": {"method": "adrpo", "beta0": 1}, "RAFT": {"method": "raft"}}
+    )
     monkeypatch.setattr(compare.COMPARISONS["flow"], "rates", (1e-4, 3e-4))
-    monkeypatch.setattr(compare.COMPARISONS["flow"], "common", dict(zip(("prompts-per-round", "group-size", "eval-samples", "ode-steps"), (2, 2, 2, 2))))
+    monkeypatch.setattr(
+        compare.COMPARISONS["flow"],
+        "common",
+        dict(zip(("prompts-per-round", "group-size", "eval-samples", "ode-steps"), (2, 2, 2, 2))),
+    )
     options = ["flow", "--out", str(tmp_path), "--seeds", "2", "--rounds", "1", "--workers", "2"]
     compare.main(options)
     printed = capsys.readouterr().out
     assert "8 runs, 0 of them finished before" in printed and "Every setting at its best learning rate, by joint" in printed
     results = json.loads((tmp_path / "results.json").read_text())
     small = "prompts-per-round=2_group-size=2_eval-samples=2_ode-steps=2"
-    runs = [lines(tmp_path / "runs" / f"method=adrpo_beta0=1_lr=0.0003_seed={seed}_rounds=1_{small}")[-1]["eval"]["reward"] for seed in (0, 1)]
+    runs = [
+        lines(tmp_path / "runs" / f"method=adrpo_beta0=1_lr=0.0003_seed={seed}_rounds=1_{small}")[-1]["eval"]["reward"]
+        for seed in (0, 1)
+    ]
     row = results["rows"][1]
     assert (row["setting"], row["lr"]) == ("ADRPO β0=1", 3e-4)
     assert row["final"]["reward"] == pytest.approx([sum(runs) / 2, abs(runs[0] - runs[1]) / 2])
-    assert {p.name for p in tmp_path.iterdir()} == {"runs", "results.json", "table.md", "reward_pixel_diversity.png", "reward_w2.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "runs",
+        "results.json",
+        "table.md",
+        "reward_pixel_diversity.png",
+        "reward_w2.png",
+    }
     shutil.rmtree(tmp_path / "runs" / f"method=raft_lr=0.0003_seed=1_rounds=1_{small}")
     compare.main(options)
     assert "8 runs, 7 of them finished before" in capsys.readouterr().out
@@ -242,4 +291,7 @@ def test_a_failing_run_stops_the_comparison(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare.COMPARISONS["flow"], "settings", {"broken": {"method": "adrpo", "beta0": -1}})
     with pytest.raises(SystemExit) as stop:
         runtime.run(lambda: compare.main(["flow", "--out", str(tmp_path), "--seeds", "1", "--rounds", "1"]))
-    assert stop.value.code == 2 and "exit status 2: error: argument --beta0: -1 is not a positive number" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and "exit status 2: error: argument --beta0: -1 is not a positive number" in capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
 """Model files: what is damaged is named, what is written is whole."""
+
 import dataclasses
 import json
 
@@ -40,7 +41,9 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no-such: no such file or folder"):
         weights.Checkpoint(tmp_path / "no-such")
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(FileNotFoundError, match=r"no model.safetensors and no model.safetensors.index.json .*\.bin files are not read"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no model.safetensors and no model.safetensors.index.json .*\.bin files are not read"
+    ):
         weights.Checkpoint(tmp_path)
 
 
@@ -59,7 +62,9 @@ def test_an_index_and_its_shards_must_agree(tmp_path):
         weights.Checkpoint(tmp_path)
     tiny.write_json(index, content)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors: no such file; model.safetensors.index.json lists it"):
+    with pytest.raises(
+        FileNotFoundError, match="model-00002-of-00002.safetensors: no such file; model.safetensors.index.json lists it"
+    ):
         weights.Checkpoint(tmp_path)
     tiny.write_json(index, {"weight_map": {}})
     with pytest.raises(ValueError, match="expected a 'weight_map'"):

@@ -1,4 +1,5 @@
 """Tiny checkpoints for the tests: weights that a seed fixes, and files written without this project's code."""
+
 import json
 import math
 from pathlib import Path
@@ -20,7 +21,13 @@ CLIP_TEXT = dict(
     max_position_embeddings=16,
 )  # fmt: skip
 CLIP_VISION = dict(
-    hidden_size=40, intermediate_size=48, projection_dim=24, num_hidden_layers=2, num_attention_heads=4, image_size=12, patch_size=4
+    hidden_size=40,
+    intermediate_size=48,
+    projection_dim=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=12,
+    patch_size=4,
 )
 CLIP_STYLES = {"openai": dict(hidden_act="quick_gelu", eos_token_id=2), "laion": dict(hidden_act="gelu", eos_token_id=90)}
 
@@ -107,8 +114,11 @@ def to_stability(tensors, layers, dual=()):
             if i in dual:
                 out[f"{x}.attn2.qkv.{kind}"] = torch.cat([t[f"{old}.attn2.to_{p}.{kind}"] for p in "qkv"])
                 out[f"{x}.attn2.proj.{kind}"] = t[f"{old}.attn2.to_out.0.{kind}"]
+    norms = {"attn.norm_q": "x_block.attn.ln_q", "attn.norm_k": "x_block.attn.ln_k", "attn2.norm_q": "x_block.attn2.ln_q"}
+    norms |= {"attn2.norm_k": "x_block.attn2.ln_k", "attn.norm_added_q": "context_block.attn.ln_q"}
+    norms |= {"attn.norm_added_k": "context_block.attn.ln_k"}
     for i in range(layers):
-        for old, new in (("attn.norm_q", "x_block.attn.ln_q"), ("attn.norm_k", "x_block.attn.ln_k"), ("attn.norm_added_q", "context_block.attn.ln_q"), ("attn.norm_added_k", "context_block.attn.ln_k"), ("attn2.norm_q", "x_block.attn2.ln_q"), ("attn2.norm_k", "x_block.attn2.ln_k")):  # fmt: skip
+        for old, new in norms.items():
             if f"transformer_blocks.{i}.{old}.weight" in t:
                 out[f"joint_blocks.{i}.{new}.weight"] = t[f"transformer_blocks.{i}.{old}.weight"]
     return {name: tensor.contiguous().clone() for name, tensor in out.items()}

@@ -13,6 +13,7 @@ or upright, the highest third bold or slanted, and the middle third nothing. Cap
 
 CLIP and base see two thirds of the images, the judge the other third.
 """
+
 import itertools
 import time
 from pathlib import Path
@@ -143,7 +144,9 @@ def train_judge(folder, steps=1500):
     for step in _progress("judge", steps):
         rows = _draw(held, 128, generator)
         _step(optimizer, F.cross_entropy(judge(augment(images[rows], generator)), labels[rows]), step, steps)
-    weights.save_model(folder, judge, {"accuracy_on_other_images": (judge(images[~held]).argmax(1) == labels[~held]).float().mean().item()})
+    weights.save_model(
+        folder, judge, {"accuracy_on_other_images": (judge(images[~held]).argmax(1) == labels[~held]).float().mean().item()}
+    )
 
 
 def train_clip(folder, steps=1500):
@@ -180,8 +183,16 @@ def train_base(folder, clip_folder, steps=2500):
     encoder = clip.CLIPText(teacher.config.text_config)
     encoder.text_model, encoder.text_projection = teacher.text_model, teacher.text_projection
     config = mmdit.Config(
-        sample_size=8, in_channels=1, out_channels=1, num_layers=3, attention_head_dim=16, num_attention_heads=4,
-        joint_attention_dim=64, pooled_projection_dim=32, caption_projection_dim=64, pos_embed_max_size=4,
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        caption_projection_dim=64,
+        pos_embed_max_size=4,
     )
     model = TextToImage(init(mmdit.MMDiT(config), generator), [encoder], [PromptTokenizer(clip_folder)])
     for name, parameter in model.transformer.named_parameters():
@@ -217,7 +228,18 @@ def augment(images, generator):
 
 def save_tokenizer(folder):
     """One token a word, in tokenizer.json's format, with begin and end tokens as CLIP has them."""
-    words = ["<|startoftext|>", "<|endoftext|>", "<|unknown|>", "a", "handwritten", "thin", "bold", "upright", "slanted", *NUMBERS]
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "<|unknown|>",
+        "a",
+        "handwritten",
+        "thin",
+        "bold",
+        "upright",
+        "slanted",
+        *NUMBERS,
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|unknown|>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(words[:3])

@@ -7,6 +7,7 @@
 
 Module names are transformers' (CLIPModel, CLIPTextModelWithProjection); its folders load key by key.
 """
+
 import dataclasses
 from dataclasses import field
 from pathlib import Path

@@ -12,6 +12,7 @@ way; `text_to_image.py` translates, and nothing else does.
 Module names are diffusers' (SD3Transformer2DModel), so a diffusers folder loads key by key, and adapters made for it find
 their layers. `STABILITY` below maps the other public layout, Stability's single file.
 """
+
 import dataclasses
 import math
 import re
@@ -104,7 +105,9 @@ class MMDiT(nn.Module):
         path = Path(path)
         if path.is_file():
             checkpoint = weights.Checkpoint(path)
-            prefix = "model.diffusion_model." if any(key.startswith("model.diffusion_model.") for key in checkpoint.home) else ""
+            prefix = (
+                "model.diffusion_model." if any(key.startswith("model.diffusion_model.") for key in checkpoint.home) else ""
+            )
             keys = [key for key in checkpoint.home if key.startswith(prefix)]
             config = stability_config({key.removeprefix(prefix): checkpoint.shapes[key] for key in keys}, path)
             with torch.device("meta"):
@@ -240,9 +243,8 @@ class PatchEmbed(nn.Module):
         patch = self.proj.stride[0]
         height, width = latents.shape[-2] // patch, latents.shape[-1] // patch
         if latents.shape[-2] % patch or latents.shape[-1] % patch or max(height, width) > self.side:
-            raise ValueError(
-                f"latents are {latents.shape[-2]} × {latents.shape[-1]}; expected multiples of {patch}, at most {self.side * patch}"
-            )
+            size = f"{latents.shape[-2]} × {latents.shape[-1]}"
+            raise ValueError(f"latents are {size}; expected multiples of {patch}, at most {self.side * patch}")
         top, left = (self.side - height) // 2, (self.side - width) // 2
         table = self.pos_embed.unflatten(1, (self.side, self.side))[:, top : top + height, left : left + width]
         return self.proj(latents).flatten(2).transpose(1, 2) + table.flatten(1, 2)

@@ -1,17 +1,17 @@
 """Writes tests/golden.json: outputs of diffusers' and transformers' models on the tiny checkpoints of tests/tiny.py, so that
 the suite without those libraries still checks ours against them. Run from the repository: python tests/parity/make_golden.py
 """
+
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import tiny
 import torch
 from diffusers import SD3Transformer2DModel
 from transformers import CLIPConfig, CLIPModel
-
-import tiny
 
 
 @torch.no_grad()

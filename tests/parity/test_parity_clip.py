@@ -1,4 +1,5 @@
 """Our CLIP against transformers', both ways (extra `parity`)."""
+
 import pytest
 import tiny
 import torch
@@ -9,7 +10,9 @@ from nano_adrpo.models.clip import CLIP, CLIPText
 
 def theirs(style):
     extra = tiny.CLIP_STYLES[style]
-    return tiny.fill(CLIPModel(CLIPConfig(text_config=tiny.CLIP_TEXT | extra, vision_config=tiny.CLIP_VISION | extra, projection_dim=24)))
+    return tiny.fill(
+        CLIPModel(CLIPConfig(text_config=tiny.CLIP_TEXT | extra, vision_config=tiny.CLIP_VISION | extra, projection_dim=24))
+    )
 
 
 @pytest.mark.parametrize("style", tiny.CLIP_STYLES)
@@ -30,7 +33,10 @@ def test_outputs_agree(tmp_path, style, padding):
 @pytest.mark.parametrize("style", tiny.CLIP_STYLES)
 @torch.no_grad()
 def test_sd3s_text_encoder_agrees(tmp_path, style):
-    model, (ids, _) = tiny.fill(CLIPTextModelWithProjection(CLIPTextConfig(**tiny.CLIP_TEXT, **tiny.CLIP_STYLES[style]))), tiny.clip_inputs()
+    model, (ids, _) = (
+        tiny.fill(CLIPTextModelWithProjection(CLIPTextConfig(**tiny.CLIP_TEXT, **tiny.CLIP_STYLES[style]))),
+        tiny.clip_inputs(),
+    )
     model.save_pretrained(tmp_path)
     expected = model(ids, output_hidden_states=True)
     hidden, pooled = CLIPText.from_pretrained(tmp_path)(ids)
@@ -47,10 +53,21 @@ def test_what_we_save_loads_there(tmp_path):
     assert (again.get_image_features(pixels).pooler_output - ours.encode_image(pixels)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("text, vision, projection", [
-    (dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12), dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14), 768),
-    (dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu"), dict(hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, num_attention_heads=16, patch_size=14, hidden_act="gelu"), 1280),
-], ids=["L14", "bigG"])  # fmt: skip
+L14 = (
+    dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+    dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14),
+    768,
+)
+BIG_G = (
+    dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu"),
+    dict(
+        hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, num_attention_heads=16, patch_size=14, hidden_act="gelu"
+    ),
+    1280,
+)
+
+
+@pytest.mark.parametrize("text, vision, projection", [L14, BIG_G], ids=["L14", "bigG"])
 def test_full_size_names_and_shapes(tmp_path, text, vision, projection):
     config = CLIPConfig(text_config=text | {"projection_dim": projection}, vision_config=vision, projection_dim=projection)
     with torch.device("meta"):

@@ -1,4 +1,5 @@
 """Our SD3 transformer against diffusers', both ways (extra `parity`)."""
+
 import json
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def test_outputs_agree_in_bfloat16(tmp_path):
     theirs("sd3.5-medium").save_pretrained(tmp_path)
     latents, sigma, context, pooled = (x.bfloat16() for x in tiny.mmdit_inputs())
     with torch.no_grad():
-        expected = SD3Transformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)(latents, context, pooled, 1000 * sigma.float()).sample
+        expected = SD3Transformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)(
+            latents, context, pooled, 1000 * sigma.float()
+        ).sample
         output = MMDiT.from_pretrained(tmp_path, torch.bfloat16)(latents, sigma.float(), context, pooled)
     assert (output.float() - expected.float()).norm() / expected.float().norm() < 0.01
 
@@ -89,7 +92,8 @@ def test_stabilitys_layout_means_the_same_to_both(tmp_path, style):
     "sizes",
     [
         dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192),
-        dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
+        dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384, qk_norm="rms_norm",
+             dual_attention_layers=tuple(range(13))),
         dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"),
     ],
     ids=tiny.MMDIT_STYLES,
