@@ -4,9 +4,9 @@
     python -m nano_adrpo.compare grpo          # the arithmetic demo: GRPO and ADRPO-GRPO, and the clip of the paper's Table 3
     python -m nano_adrpo.compare deceptive     # arithmetic in which a guess pays a little: who escapes?
 
-A comparison that was interrupted goes on where it stopped. Each run is one of the training scripts, in a process and a folder of
-its own. Written to --out: table.md (mean ± standard error over seeds), results.json (every evaluated round, mean over
-seeds) and the trade-off pictures, reward against diversity and against divergence.
+A comparison that was interrupted goes on where it stopped. Each run is one of the training scripts, in a process and a folder
+of its own. Written to --out: table.md (mean ± standard error over seeds), results.json (every evaluated round, mean over seeds)
+and the trade-off pictures, reward against diversity and against divergence.
 """
 
 import itertools
