@@ -13,6 +13,7 @@ curves.png.
 import copy
 import json
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -44,7 +45,8 @@ def parse(argv=None):
     group.add_argument("--minibatches", type=positive(int), default=1, help="gradient steps per pass; must divide a round's completions")
     group.add_argument("--micro-batch", type=positive(int), help="completions per forward pass; must divide a minibatch; default all of it")
     group.add_argument("--lr", type=positive(float), default=8e-4, help="AdamW's learning rate for the first half of the rounds")
-    group.add_argument("--lr-end", type=float, default=0.0, help="its fraction at the end, after a straight fall through the second half")
+    group.add_argument("--lr-end", type=positive(float, zero=True), default=0.0,
+                       help="its fraction at the end, after a straight fall through the second half")  # fmt: skip
     group.add_argument("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
     group.add_argument("--gradient-checkpointing", action="store_true", help="keep block inputs only and recompute the rest: less memory")
     group = parser.add_argument_group("inputs")
@@ -53,7 +55,8 @@ def parse(argv=None):
     group.add_argument("--held-out", help="the same, for evaluation; needed with --problems")
     group.add_argument("--instruction", default="", help="text put behind every question")
     group.add_argument("--reward", default="exact", help="exact (1 for the right number), deceptive (the demo's), or a RewardModel folder")
-    group.add_argument("--format-reward", type=float, default=0.0, help="added where an answer is stated in \\boxed{} or after ####")
+    group.add_argument("--format-reward", type=positive(float, zero=True), default=0.0,
+                       help="added where an answer is stated in \\boxed{} or after ####")  # fmt: skip
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="runs/grpo", help="new or empty folder for the run's files")
     group.add_argument("--seed", type=int, default=0, help="of problems, samples and minibatches")
@@ -62,8 +65,8 @@ def parse(argv=None):
                        help="dtype of the forward passes; the weights stay float32 (torch.autocast)")  # fmt: skip
     group.add_argument("--eval-every", type=positive(int), default=22, help="rounds between evaluations, with a checkpoint each")
     group.add_argument("--eval-samples", type=positive(int), default=8, help="completions per held-out problem in an evaluation")
-    group.add_argument("--eval-temperature", type=float, default=1.0, help="in an evaluation; 0 is greedy")
-    group.add_argument("--eval-top-k", type=int, default=0, help="likeliest tokens kept in an evaluation; 0 keeps all")
+    group.add_argument("--eval-temperature", type=positive(float, zero=True), default=1.0, help="in an evaluation; 0 is greedy")
+    group.add_argument("--eval-top-k", type=positive(int, zero=True), default=0, help="likeliest tokens kept in an evaluation; 0 keeps all")
     group.add_argument("--eval-top-p", type=positive(float), default=1.0, help="probability kept in an evaluation; 1 keeps all")
     args = parser.parse_args(argv)
     size = args.prompts_per_round * args.group_size
@@ -76,9 +79,22 @@ def parse(argv=None):
         raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {size // args.minibatches} completions of a minibatch")
     if bool(args.problems) != bool(args.held_out):
         raise ValueError("--problems and --held-out: expected both or neither")
+    if args.eval_top_p > 1:
+        raise ValueError(f"--eval-top-p {args.eval_top_p}: expected at most 1")
     args.a_min, args.a_max = (-args.beta0 if args.a_min is None else args.a_min), (args.beta0 if args.a_max is None else args.a_max)
     adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
     return args
+
+
+class Rollout(NamedTuple):
+    """N completions, those of a group contiguous."""
+
+    ids: torch.Tensor  # [N, T], prompts padded on the left, then their completions
+    seen: torch.Tensor  # [N, T], 1 at tokens, 0 at padding on either side
+    mask: torch.Tensor  # [N, C], the last C columns of `seen`: 1 at the completion's tokens, its end included
+    texts: list
+    correct: torch.Tensor  # [N], 1 where the final number is right
+    rewards: torch.Tensor  # [N]
 
 
 class Run:
@@ -87,20 +103,26 @@ class Run:
     def __init__(self, args):
         self.args, self.demo = args, args.problems is None
         data = arithmetic.HERE / "arithmetic_data"
-        self.problems = rewards_text.read_problems(args.problems or data / "train.jsonl")
-        self.held_out = rewards_text.read_problems(args.held_out or data / "held_out.jsonl")
+        files = args.problems or data / "train.jsonl", args.held_out or data / "held_out.jsonl"
+        self.problems, self.held_out = map(rewards_text.read_problems, files)
         self.policy = Decoder.from_pretrained(args.model, torch.float32, args.device)
+        with runtime.about(f"--model {args.model}"):
+            self.tokenizer, self.eos = chat.tokenizer_of(self.policy), chat.stop_ids(self.policy)
+            self.template = chat.template_of(self.policy)
         self.reward_model = None
         if args.reward not in ("exact", "deceptive"):
             self.reward_model = RewardModel.from_pretrained(args.reward, torch.float32, args.device).requires_grad_(False)
+            with runtime.about(f"--reward {args.reward}"):  # it reads the policy's tokens
+                if chat.tokenizer_of(self.reward_model).get_vocab() != self.tokenizer.get_vocab():
+                    raise ValueError(f"its tokens are not those of --model {args.model}; expected the same vocabulary")
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         self.policy.model.gradient_checkpointing = args.gradient_checkpointing
-        self.tokenizer, self.eos = chat.tokenizer_of(self.policy), chat.stop_ids(self.policy)
-        self.template = chat.template_of(self.policy)
-        limit = self.policy.config.max_position_embeddings
-        longest = max(self.encode(part)[0].shape[1] for part in (self.problems, self.held_out))  # refuses prompts that are too long
-        if longest + args.max_new_tokens > limit:
-            raise ValueError(f"--max-new-tokens {args.max_new_tokens} behind a prompt of {longest} exceeds the model's {limit} positions")
+        for file, problems in zip(files, (self.problems, self.held_out)):
+            with runtime.about(f"{file}, --max-prompt-tokens {args.max_prompt_tokens}"):
+                longest, limit = self.encode(problems)[0].shape[1], self.policy.config.max_position_embeddings
+            if longest + args.max_new_tokens > limit:
+                behind = f"--max-new-tokens {args.max_new_tokens} behind a prompt of {longest}"
+                raise ValueError(f"{file}: {behind} exceeds the model's {limit} positions")
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
         half = args.rounds / 2
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -123,19 +145,20 @@ class Run:
     @torch.no_grad()
     def roll_out(self, problems, generator, **sampling):
         """One completion of each problem (those of a group contiguous: they share one prefill). -> Rollout"""
-        ids, mask = self.encode(problems)
+        ids, prompts = self.encode(problems)
         with self.autocast():
-            full, completion = self.policy.generate(ids, mask, self.args.max_new_tokens, eos=self.eos, generator=generator, **sampling)
-        texts = chat.decode(self.tokenizer, full[:, ids.shape[1] :], completion)
+            full, mask = self.policy.generate(ids, prompts, self.args.max_new_tokens, eos=self.eos, generator=generator, **sampling)
+        seen, texts = torch.cat([prompts, mask], dim=1), chat.decode(self.tokenizer, full[:, ids.shape[1] :], mask)
         correct = torch.tensor([rewards_text.exact_answer(text, p.answer) for text, p in zip(texts, problems)])
-        rewards = self.reward(problems, texts, correct, full, torch.cat([mask, completion], dim=1))
-        return full, mask, completion, texts, correct, rewards.to(self.args.device)
+        rewards = self.reward(problems, texts, correct, full, seen).to(self.args.device)
+        return Rollout(full, seen, mask, texts, correct, rewards)
 
-    def reward(self, problems, texts, correct, ids, mask):
-        """-> [N], float32. A RewardModel reads the policy's tokens, and so must share its tokenizer."""
+    def reward(self, problems, texts, correct, ids, seen):
+        """-> [N], float32."""
         if self.reward_model:
             with self.autocast():
-                rewards = self.reward_model(ids, mask).float().cpu()
+                parts = zip(ids.split(self.args.micro_batch), seen.split(self.args.micro_batch))
+                rewards = torch.cat([self.reward_model(*part) for part in parts]).cpu()
         elif self.args.reward == "deceptive":
             rewards = torch.tensor([arithmetic.deceptive_reward(text, right) for text, right in zip(texts, correct.tolist())])
         else:
@@ -147,54 +170,53 @@ class Run:
             raise FloatingPointError(f"a reward of the problem {question[:60]!r} is not finite")
         return rewards
 
-    def score(self, model, ids, mask, completion, rows, temperature=None, entropy=False):
-        """log π(token) of the completions in `rows`, [n, N], at the temperature they were sampled at."""
-        start = mask.shape[1]
-        seen = torch.cat([mask, completion], dim=1)[rows]
+    def score(self, model, rollout, rows, temperature=None, entropy=False):
+        """log π(token) of the completions in `rows`, [n, C], at the temperature they were sampled at."""
+        start, temperature = rollout.ids.shape[1] - rollout.mask.shape[1], temperature or self.args.temperature
         with self.autocast():
-            return model.token_logprobs(ids[rows], seen, start, temperature or self.args.temperature, entropy)
+            return model.token_logprobs(rollout.ids[rows], rollout.seen[rows], start, temperature, entropy)
 
     @torch.no_grad()
-    def score_all(self, ids, mask, completion, temperature=None):
-        """-> the policy's log-probabilities, the reference's, the policy's entropies, each [N, T]."""
-        parts = torch.arange(len(ids), device=ids.device).split(self.args.micro_batch)
-        policy = [self.score(self.policy, ids, mask, completion, rows, temperature, entropy=True) for rows in parts]
-        reference = [self.score(self.reference, ids, mask, completion, rows, temperature) for rows in parts]
+    def score_all(self, rollout, temperature=None):
+        """-> the policy's log-probabilities, the reference's, the policy's entropies, each [N, C]."""
+        parts = torch.arange(len(rollout.ids), device=rollout.ids.device).split(self.args.micro_batch)
+        policy = [self.score(self.policy, rollout, rows, temperature, entropy=True) for rows in parts]
+        reference = [self.score(self.reference, rollout, rows, temperature) for rows in parts]
         return torch.cat([logp for logp, _ in policy]), torch.cat(reference), torch.cat([entropy for _, entropy in policy])
 
-    def update(self, ids, mask, completion, rewards):
+    def update(self, rollout):
         """Clipped policy-gradient steps on one round's completions. -> what to log of it."""
-        args = self.args
+        args, mask, rewards = self.args, rollout.mask, rollout.rewards
         advantages = adrpo.group_advantages(rewards, args.group_size, normalize=True)
         beta = torch.full_like(advantages, args.beta0)  # GRPO, Eq. 3
         if args.method == "adrpo":
             beta = adrpo.adaptive_beta(advantages, args.beta0, (args.a_min, args.a_max))  # ADRPO-GRPO, Eq. 7: all that differs
-        old_logp, ref_logp, entropy = self.score_all(ids, mask, completion)
-        clipped = []
+        old_logp, ref_logp, entropy = self.score_all(rollout)
+        clipped = 0
         for _ in range(args.inner_epochs):
-            for batch in torch.randperm(len(ids), generator=self.draws).to(ids.device).chunk(args.minibatches):
+            for batch in torch.randperm(len(mask), generator=self.draws).to(mask.device).chunk(args.minibatches):
                 self.optimizer.zero_grad()
-                total, loss_sum = (len(batch) if args.average == "sequences" else int(completion[batch].sum())), 0.0
+                total, loss_sum = (len(batch) if args.average == "sequences" else int(mask[batch].sum())), 0.0
                 for rows in batch.split(args.micro_batch):
-                    logp = self.score(self.policy, ids, mask, completion, rows)
+                    logp = self.score(self.policy, rollout, rows)
                     loss = adrpo.policy_loss(
-                        logp, old_logp[rows], ref_logp[rows], completion[rows], advantages[rows], beta[rows],
+                        logp, old_logp[rows], ref_logp[rows], mask[rows], advantages[rows], beta[rows],
                         args.clip_eps, args.kl, args.average, total,
                     )  # fmt: skip
                     loss.backward()
                     loss_sum += loss.item()
                     outside = ((logp.detach() - old_logp[rows]).exp() - 1).abs() > args.clip_eps
-                    clipped.append(token_mean(outside, completion[rows]))
+                    clipped += (outside & mask[rows].bool()).sum().item()
                 norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.clip_grad).item()
                 if not (abs(loss_sum) < float("inf") and norm < float("inf")):
                     raise FloatingPointError(f"loss {loss_sum}, gradient norm {norm}")
                 self.optimizer.step()
         self.schedule.step()
         spread = rewards.reshape(-1, args.group_size)
-        bounds = (beta <= beta.new_tensor(args.beta0 - args.a_max)) | (beta >= beta.new_tensor(args.beta0 - args.a_min))
+        bounds = (advantages <= args.a_min) | (advantages >= args.a_max)
         return {
-            "loss": loss_sum, "grad_norm": norm, "clip_fraction": sum(clipped) / len(clipped),
-            "entropy": token_mean(entropy, completion), **kl_means(old_logp, ref_logp, completion),
+            "loss": loss_sum, "grad_norm": norm, "clip_fraction": clipped / (args.inner_epochs * mask.sum().item()),
+            "entropy": token_mean(entropy, mask), **kl_means(old_logp, ref_logp, mask),
             "beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item(),
             "beta_at_bounds": bounds.float().mean().item() if args.method == "adrpo" else 0.0,
             "zero_spread": (spread == spread[:, :1]).all(dim=1).float().mean().item(),
@@ -207,15 +229,16 @@ class Run:
         problems = [problem for problem in self.held_out for _ in range(size)]
         generator = torch.Generator(args.device).manual_seed(1_000_003)
         sampling = {"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p}
-        ids, mask, completion, texts, correct, rewards = self.roll_out(problems, generator, **sampling)
-        logp, ref_logp, entropy = self.score_all(ids, mask, completion, args.eval_temperature or args.temperature)
-        values = {"reward": rewards.mean().item(), "pass@1": metrics.pass_at_k(correct.reshape(-1, size), 1)}
+        rollout = self.roll_out(problems, generator, **sampling)
+        logp, ref_logp, entropy = self.score_all(rollout, args.eval_temperature or args.temperature)
+        correct, texts = rollout.correct.reshape(-1, size), rollout.texts
+        values = {"reward": rollout.rewards.mean().item(), "pass@1": metrics.pass_at_k(correct, 1)}
         if size >= 8:
-            values["pass@8"] = metrics.pass_at_k(correct.reshape(-1, size), 8)
-        values |= {"entropy": token_mean(entropy, completion), **kl_means(logp, ref_logp, completion),
-                   "length": completion.sum(dim=1).float().mean().item()}  # fmt: skip
+            values["pass@8"] = metrics.pass_at_k(correct, 8)
+        values |= {"entropy": token_mean(entropy, rollout.mask), **kl_means(logp, ref_logp, rollout.mask),
+                   "length": rollout.mask.sum(dim=1).float().mean().item()}  # fmt: skip
         if self.demo:  # of the correct answers: how evenly they use the three valid styles, at most ln 3
-            right = [arithmetic.style(text) for text, good in zip(texts, correct.tolist()) if good]
+            right = [arithmetic.style(text) for text, good in zip(texts, rollout.correct.tolist()) if good]
             values["style_entropy"] = metrics.entropy(torch.tensor([right.count(style) for style in arithmetic.VALID]))
         return values, [f"{p.question}\n{text}\n" for p, text in zip(problems[::size][:8], texts[::size][:8])]
 
@@ -237,7 +260,7 @@ def main(argv=None):
     weights.write_json(out / "config.json", config)
     print(json.dumps(config))
 
-    log, saved, flat = runtime.Log(out / "metrics.jsonl", args.rounds), "none yet", 0
+    log, saved, flat = runtime.Log(out / "metrics.jsonl", args.rounds), "none yet", True
     first, samples = run.evaluate()
     write_samples(out, 0, samples)
     log.write(0, {"eval": first})
@@ -246,14 +269,13 @@ def main(argv=None):
             drawn = torch.randint(len(run.problems), (args.prompts_per_round,), generator=run.draws).tolist()
             problems = [run.problems[row] for row in drawn for _ in range(args.group_size)]  # a group's completions contiguous
             start = time.monotonic()
-            ids, mask, completion, _, correct, rewards = run.roll_out(problems, run.generator, temperature=args.temperature)
-            speed = f"{completion.sum().item() / (time.monotonic() - start):.0f} tokens/s"
-            values = {"reward": rewards.mean().item(), "accuracy": correct.mean().item(),
-                      "length": completion.sum(dim=1).float().mean().item(),
-                      **run.update(ids, mask, completion, rewards)}  # fmt: skip
-            flat = flat + 1 if values["zero_spread"] == 1 else 0
-            if flat == 10:
-                print("warning: for ten rounds no group's rewards differed; only the KL acts. Is the reward right?", flush=True)
+            rollout = run.roll_out(problems, run.generator, temperature=args.temperature)
+            speed = f"{rollout.mask.sum().item() / (time.monotonic() - start):.0f} tokens/s"
+            values = {"reward": rollout.rewards.mean().item(), "accuracy": rollout.correct.mean().item(),
+                      "length": rollout.mask.sum(dim=1).float().mean().item(), **run.update(rollout)}  # fmt: skip
+            flat = flat and values["zero_spread"] == 1  # has every group of every round been without spread?
+            if flat and step == min(10, args.rounds):
+                print(f"warning: in {step} rounds no group's rewards differed; only the KL acts. Is the reward right?", flush=True)
             if step % args.eval_every == 0 or step == args.rounds:
                 values["eval"], samples = run.evaluate()
                 run.policy.save_pretrained(out / "model")

@@ -34,7 +34,10 @@ def stop_ids(model):
     ids = model.config.eos_token_id if ids is None else ids
     if ids is None or ids == []:
         raise ValueError("neither generation_config.json nor config.json has an 'eos_token_id'; completions would never end")
-    return [ids] if isinstance(ids, int) else list(ids)
+    ids = [ids] if isinstance(ids, int) else list(ids)
+    if not all(0 <= index < model.config.vocab_size for index in ids):
+        raise ValueError(f"'eos_token_id' is {ids}; the model's ids are below {model.config.vocab_size}")
+    return ids
 
 
 def settings(model, name):

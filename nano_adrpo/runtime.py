@@ -1,6 +1,7 @@
 """What a training script needs around its loop: options, errors, the run folder, progress."""
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -34,13 +35,22 @@ def run(main):
         sys.exit("interrupted")
 
 
-def positive(kind):
-    """An argparse type: a finite int or float above zero."""
+@contextlib.contextmanager
+def about(subject):
+    """What is refused inside is refused with the name of an option or a file in front."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{subject}: {error}") from None
+
+
+def positive(kind, zero=False):
+    """An argparse type: a finite int or float above zero, or zero where that is allowed."""
 
     def parse(text):
         value = kind(text)
-        if not (value > 0 and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        if not (value > 0 or zero and value == 0) or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number{' or 0' * zero}")
         return value
 
     parse.__name__ = kind.__name__  # argparse's messages name it

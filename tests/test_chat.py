@@ -46,6 +46,8 @@ def test_stop_ids():
     assert chat.stop_ids(model(eos=7, generation_config={"eos_token_id": [1, 2]})) == [1, 2]
     assert chat.stop_ids(model(eos=7, generation_config={"eos_token_id": 0})) == [0]
     assert chat.stop_ids(model(eos=7, generation_config={})) == [7]
+    with pytest.raises(ValueError, match=r"is \[1, 24\]; the model.s ids are below 24"):
+        chat.stop_ids(model(eos=[1, 24]))
     with pytest.raises(ValueError, match="generation_config.json: not a JSON object"):
         chat.stop_ids(model(eos=7, generation_config=5))
     with pytest.raises(ValueError, match="neither generation_config.json nor config.json has an 'eos_token_id'"):
