@@ -65,6 +65,7 @@ def parse(argv=None):
                        help="dtype of the forward passes; the weights stay float32 (torch.autocast)")  # fmt: skip
     group.add_argument("--eval-every", type=positive(int), default=22, help="rounds between evaluations, with a checkpoint each")
     group.add_argument("--eval-samples", type=positive(int), default=8, help="completions per held-out problem in an evaluation")
+    group.add_argument("--eval-batch", type=positive(int), default=1024, help="completions sampled at a time in an evaluation")
     group.add_argument("--eval-temperature", type=positive(float, zero=True), default=1.0, help="in an evaluation; 0 is greedy")
     group.add_argument("--eval-top-k", type=positive(int, zero=True), default=0, help="likeliest tokens kept in an evaluation; 0 keeps all")
     group.add_argument("--eval-top-p", type=positive(float), default=1.0, help="probability kept in an evaluation; 1 keeps all")
@@ -192,7 +193,7 @@ class Run:
         if args.method == "adrpo":
             beta = adrpo.adaptive_beta(advantages, args.beta0, (args.a_min, args.a_max))  # ADRPO-GRPO, Eq. 7: all that differs
         old_logp, ref_logp, entropy = self.score_all(rollout)
-        clipped = 0
+        tokens, clipped = mask.bool(), 0
         for _ in range(args.inner_epochs):
             for batch in torch.randperm(len(mask), generator=self.draws).to(mask.device).chunk(args.minibatches):
                 self.optimizer.zero_grad()
@@ -206,7 +207,7 @@ class Run:
                     loss.backward()
                     loss_sum += loss.item()
                     outside = ((logp.detach() - old_logp[rows]).exp() - 1).abs() > args.clip_eps
-                    clipped += (outside & mask[rows].bool()).sum().item()
+                    clipped += (outside & tokens[rows]).sum().item()
                 norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.clip_grad).item()
                 if not (abs(loss_sum) < float("inf") and norm < float("inf")):
                     raise FloatingPointError(f"loss {loss_sum}, gradient norm {norm}")
@@ -215,8 +216,8 @@ class Run:
         spread = rewards.reshape(-1, args.group_size)
         bounds = (advantages <= args.a_min) | (advantages >= args.a_max)
         return {
-            "loss": loss_sum, "grad_norm": norm, "clip_fraction": clipped / (args.inner_epochs * mask.sum().item()),
-            "entropy": token_mean(entropy, mask), **kl_means(old_logp, ref_logp, mask),
+            "loss": loss_sum, "grad_norm": norm, "clip_fraction": clipped / (args.inner_epochs * tokens.sum().item()),
+            "entropy": entropy[tokens].mean().item(), **kl_means(old_logp[tokens], ref_logp[tokens]),
             "beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item(),
             "beta_at_bounds": bounds.float().mean().item() if args.method == "adrpo" else 0.0,
             "zero_spread": (spread == spread[:, :1]).all(dim=1).float().mean().item(),
@@ -224,32 +225,33 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self):
-        """-> metrics over the held-out problems, drawn with the same generator each time; their completions."""
+        """-> metrics over the held-out problems, drawn with the same generator each time; some completions."""
         args, size = self.args, self.args.eval_samples
         problems = [problem for problem in self.held_out for _ in range(size)]
         generator = torch.Generator(args.device).manual_seed(1_000_003)
         sampling = {"temperature": args.eval_temperature, "top_k": args.eval_top_k, "top_p": args.eval_top_p}
-        rollout = self.roll_out(problems, generator, **sampling)
-        logp, ref_logp, entropy = self.score_all(rollout, args.eval_temperature or args.temperature)
-        correct, texts = rollout.correct.reshape(-1, size), rollout.texts
-        values = {"reward": rollout.rewards.mean().item(), "pass@1": metrics.pass_at_k(correct, 1)}
+        rollouts, scores = [], []
+        for start in range(0, len(problems), args.eval_batch):
+            rollouts.append(self.roll_out(problems[start : start + args.eval_batch], generator, **sampling))
+            tokens = rollouts[-1].mask.bool()
+            scores.append([score[tokens] for score in self.score_all(rollouts[-1], args.eval_temperature or args.temperature)])
+        logp, ref_logp, entropy = map(torch.cat, zip(*scores))  # each [tokens of all completions]
+        correct, texts = torch.cat([rollout.correct for rollout in rollouts]), [t for rollout in rollouts for t in rollout.texts]
+        values = {
+            "reward": torch.cat([rollout.rewards for rollout in rollouts]).mean().item(),
+            "pass@1": metrics.pass_at_k(correct.reshape(-1, size), 1),
+        }
         if size >= 8:
-            values["pass@8"] = metrics.pass_at_k(correct, 8)
-        values |= {"entropy": token_mean(entropy, rollout.mask), **kl_means(logp, ref_logp, rollout.mask),
-                   "length": rollout.mask.sum(dim=1).float().mean().item()}  # fmt: skip
+            values["pass@8"] = metrics.pass_at_k(correct.reshape(-1, size), 8)
+        values |= {"entropy": entropy.mean().item(), **kl_means(logp, ref_logp), "length": len(entropy) / len(texts)}
         if self.demo:  # of the correct answers: how evenly they use the three valid styles, at most ln 3
-            right = [arithmetic.style(text) for text, good in zip(texts, rollout.correct.tolist()) if good]
+            right = [arithmetic.style(text) for text, good in zip(texts, correct.tolist()) if good]
             values["style_entropy"] = metrics.entropy(torch.tensor([right.count(style) for style in arithmetic.VALID]))
         return values, [f"{p.question}\n{text}\n" for p, text in zip(problems[::size][:8], texts[::size][:8])]
 
 
-def token_mean(values, mask):
-    """Mean over the tokens of the mask, both [N, T] -> float."""
-    return (values.float().masked_fill(mask == 0, 0).sum() / mask.sum().clamp(min=1)).item()
-
-
-def kl_means(logp, ref_logp, mask):
-    return {f"kl_{kind}": token_mean(adrpo.kl_divergence(logp, ref_logp, kind), mask) for kind in ("k1", "k3")}
+def kl_means(logp, ref_logp):
+    return {f"kl_{kind}": adrpo.kl_divergence(logp, ref_logp, kind).mean().item() for kind in ("k1", "k3")}
 
 
 def main(argv=None):
