@@ -26,7 +26,8 @@ Where this departs from the paper's formulas, or they leave a choice:
     minimum is v_ref + E[A·(u − v_ref)] / β0. The page theory.md says what repeated rounds of this converge to.
   * A in the flow loss is R − mean, in units of the reward: β0 is in those units too, and under Adam, which divides any common
     factor out, only A/β0 matters. A in the LLM loss is normalised, so β0 is a pure number (0.04 in the paper).
-  * The policy-gradient term of Eq. 7 takes A as it is, unclamped; GRPO's k3 is the default KL.
+  * The policy-gradient term of Eq. 7 takes A as it is, unclamped; GRPO's k3 is the default KL, not multiplied by the ratio (TRL
+    1.16 does that unless use_bias_correction_kl=False, and then follows the gradient of k2).
 """
 import torch
 import torch.nn.functional as F
@@ -191,12 +192,15 @@ def kl_divergence(logp, ref_logp, estimator="k3"):
     """Estimates of KL(π_θ ‖ π_ref) per token, in nats, from tokens sampled by π_θ (Schulman 2020, "Approximating KL
     divergence"). logp, ref_logp like each other -> the same shape.
 
-    With r = π_ref/π_θ of the sampled token. "Gradient" is the mean of the estimator's derivative over tokens of π_θ, which is
-    what a loss that contains it follows:
+    With r = π_ref/π_θ of the sampled token. "Gradient" is the mean of the estimator's derivative over tokens of π_θ at one
+    position, which is what a loss that contains it with one β for all samples follows:
 
         k1   −log r            unbiased          gradient 0: E[∇ log π_θ] = 0, so as a loss it regularises nothing
         k2   (log r)² / 2      biased, ≥ 0       gradient of KL(π_θ ‖ π_ref), the reverse KL's, exactly
         k3   r − 1 − log r     unbiased, ≥ 0     mean of (1 − π_ref/π_θ)·∇ log π_θ: of KL(π_ref ‖ π_θ), the forward KL's
+
+    An adaptive β weighs better samples less, so these means change: with k1 it is then a second policy gradient, of the clamped
+    advantages (theory.md). Values and gradients hold for tokens of π_θ itself, not after several steps on the same samples.
     """
     log_r = ref_logp.detach() - logp
     if estimator == "k1":
