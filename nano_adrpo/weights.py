@@ -151,7 +151,10 @@ def _replace(file, write):
     file = Path(file)
     temporary = file.with_name(f".{file.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask gives a new file; safetensors would make it private
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, file)

@@ -105,6 +105,12 @@ def test_a_failed_write_leaves_the_old_file(folder, monkeypatch):
     assert file.read_bytes() == before and [path.name for path in folder.iterdir()] == ["model.safetensors"]
 
 
+def test_files_are_as_readable_as_any_other(tmp_path):
+    (tmp_path / "other").touch()
+    weights.save(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_views_and_transposes_are_saved_as_they_look(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
     weights.save(tmp_path / "x.safetensors", {"a": whole.T, "b": whole[1]})
