@@ -197,7 +197,10 @@ def pictures(rows, comparison, out):
         for axis, y in zip(axes[0], comparison.up):
             for row in rows:
                 plots.trajectory(axis, row["path"], x, y, f"C{methods.index(row['setting'].split()[0])}")
-                axis.annotate(row["setting"].split(maxsplit=1)[-1], (row["path"][-1][x], row["path"][-1][y]), fontsize=6)
+                end = row["path"][-1][x], row["path"][-1][y]
+                axis.annotate(row["setting"].split(maxsplit=1)[-1], end, (6, 3), textcoords="offset points", fontsize=6)
+            if x in ("w2", "kl_k1"):  # divergences differ by orders of magnitude, and start at 0
+                axis.set_xscale("symlog", linthresh=0.01)
             for index, method in enumerate(methods):
                 axis.scatter([], [], color=f"C{index}", marker="*", s=120, label=method)
             axis.legend()

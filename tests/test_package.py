@@ -47,3 +47,19 @@ def test_pins_stand_in_one_place():
         f for f in holders if ".venv" not in f.parts and f != Path(__file__) and pinned.search(f.read_text(encoding="utf-8"))
     ]
     assert [f.name for f in holders] == ["constraints.txt"]
+
+
+def test_the_readmes_file_tree_is_true():
+    folder, seen = ROOT, set()
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0].splitlines():
+        indent, name, *rest = len(line) - len(line.lstrip()), *line.split()
+        folder = ROOT if indent == 0 else ROOT / "nano_adrpo" if indent == 2 else folder
+        if name.endswith("/"):
+            folder = folder / name if indent else ROOT / name
+            assert folder.is_dir(), name
+        elif name.endswith(".py"):
+            file = folder / name
+            count = len(file.read_text(encoding="utf-8").splitlines())
+            assert abs(count - int(rest[0])) <= 20, f"README says {rest[0]} lines of {file}, which has {count}"
+            seen.add(file)
+    assert {file for file in [*SOURCES, *ROOT.glob("train_*.py")] if file.name != "__init__.py"} <= seen
