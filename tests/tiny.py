@@ -44,8 +44,8 @@ def fill(model, seed=0, std=0.15):
 
 def mmdit_inputs(height=8, width=12):
     generator = torch.Generator().manual_seed(7)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    return draw(4, 4, height, width), torch.tensor([0.0, 0.3, 0.875, 1.0]), draw(4, 5, 20), draw(4, 12)
+    latents, context, pooled = (torch.randn(4, *shape, generator=generator) for shape in ((4, height, width), (5, 20), (12,)))
+    return latents, torch.tensor([0.0, 0.3, 0.875, 1.0]), context, pooled
 
 
 def clip_inputs():
@@ -86,9 +86,12 @@ def shards(folder, tensors, stem, count=3):
 def to_stability(tensors, layers, dual=()):
     """diffusers' SD3 keys -> Stability's, spelt out: the reverse of what the loader does, written without it."""
     out, t = {}, dict(tensors)
+
+    def swap(x):
+        return torch.cat([x[len(x) // 2 :], x[: len(x) // 2]])
+
     out["pos_embed"] = t["pos_embed.pos_embed"]
     for kind in ("weight", "bias"):
-        swap = lambda x: torch.cat([x[len(x) // 2 :], x[: len(x) // 2]])  # noqa: E731
         out[f"x_embedder.proj.{kind}"] = t[f"pos_embed.proj.{kind}"]
         out[f"context_embedder.{kind}"] = t[f"context_embedder.{kind}"]
         for i, layer in ((0, 1), (2, 2)):
