@@ -42,10 +42,13 @@ def test_only_plots_names_a_library_beyond_the_four():
 
 def test_pins_stand_in_one_place():
     pinned = re.compile(r"torch\s*==")
-    holders = [f for f in ROOT.rglob("*") if f.suffix in {".py", ".toml", ".txt", ".md", ".yml"} or f.name == "run"]
-    holders = [
-        f for f in holders if ".venv" not in f.parts and f != Path(__file__) and pinned.search(f.read_text(encoding="utf-8"))
+    files = [
+        ROOT / ".ci" / "run",
+        *ROOT.glob("*.*"),
+        *(f for part in ("nano_adrpo", "tests", "bench") for f in (ROOT / part).rglob("*.*")),
     ]
+    files = [f for f in files if f.suffix in {".py", ".toml", ".txt", ".md", ""} and f.is_file() and f != Path(__file__)]
+    holders = [f for f in files if pinned.search(f.read_text(encoding="utf-8"))]
     assert [f.name for f in holders] == ["constraints.txt"]
 
 
