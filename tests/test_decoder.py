@@ -310,6 +310,15 @@ def test_token_logprobs_hold_no_tensor_of_all_logits(tmp_path, monkeypatch):
     assert plain.numel == 4 * 16 * 500 and chunked.numel == 500 * 16  # the embedding matrix
 
 
+def test_a_head_learns_on_top_of_a_frozen_transformer(model):
+    model.token_logprobs(IDS).sum().backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model.model.requires_grad_(False)
+    model.token_logprobs(IDS).sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, gradient)
+
+
 def test_token_logprobs_of_no_tokens(model):
     assert model.token_logprobs(IDS, start=8).shape == (2, 0)
 

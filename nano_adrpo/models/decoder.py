@@ -215,7 +215,7 @@ class Decoder(Pretrained):
         [B, T − start], for logging: without gradient).
 
         No [B, T, V] tensor exists, forward or backward: the head runs on a few positions at a time, and backward runs it
-        again on each instead of keeping its logits.
+        again on each instead of keeping its logits. That is for .backward(); torch refuses torch.autograd.grad here.
         """
         if not 1 <= start <= ids.shape[1] or temperature <= 0:
             raise ValueError(f"start is {start} and temperature {temperature}; expected 1 … {ids.shape[1]} and above 0")
@@ -228,8 +228,9 @@ class Decoder(Pretrained):
             return torch.stack([chosen, -(logp.exp() * logp).detach().sum(dim=-1)] if entropy else [chosen])
 
         chunks = zip(hidden.split(rows), ids[:, start:].flatten().split(rows))
-        scores = torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks], dim=1)
-        scores = scores.unflatten(1, (len(ids), ids.shape[1] - start))  # [1 or 2, B, T − start]
+        # Reentrant, each chunk adds to the head's .grad at once; else autograd would hold three copies of it to add them up.
+        scores = [checkpoint(score, *chunk, use_reentrant=hidden.requires_grad) for chunk in chunks]
+        scores = torch.cat(scores, dim=1).unflatten(1, (len(ids), ids.shape[1] - start))  # [1 or 2, B, T − start]
         return (scores[0], scores[1].detach()) if entropy else scores[0]
 
 
