@@ -270,7 +270,7 @@ class Transformer(nn.Module):
         key = torch.arange(total, device=ids.device)
         query = key[past:, None]
         if mask is None:
-            attends, positions = (key <= query if past else None), key[None, past:]
+            attends, positions = (key <= query if past and len(query) > 1 else None), key[None, past:]
         else:
             # A padding token still sees itself: a row that sees nothing would be NaN.
             attends = (key <= query) & mask.bool()[:, None, None] | (key == query)  # [B, 1, T, S]
@@ -323,7 +323,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (norm(config, self.size) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x, rope, attends, cache=None):
-        """x [B, T, D] -> [B, T, D]; attends: boolean, broadcastable to [B, heads, T, S], None for plain causal."""
+        """x [B, T, D] -> [B, T, D]; attends: boolean, broadcastable to [B, heads, T, S], None for all tokens so far."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.size)).transpose(1, 2)  # [B, heads, T, d]
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -335,8 +335,8 @@ class Attention(nn.Module):
             q = q.reshape(len(x), k.shape[1], -1, self.size)
         elif attends is not None:  # CUDA's memory-saving kernel for masks wants a key head for every query head
             k, v = (shared.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for shared in (k, v))
-        few = k.shape[1] < q.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attends, is_causal=attends is None, enable_gqa=few)
+        few, causal = k.shape[1] < q.shape[1], attends is None and x.shape[1] > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attends, is_causal=causal, enable_gqa=few)
         return self.o_proj(out.reshape(len(x), -1, x.shape[1], self.size).transpose(1, 2).flatten(2))
 
 
