@@ -2,9 +2,9 @@
 
     python bench/rollouts.py --threads 1
 
-The demo's base model samples its own problems at temperature 1, 22 new tokens at most. Both libraries take turns in one process, so
-that what else the machine does falls on both. Only tokens of completions count, each up to and including its end: those that fill up
-rows that have ended do not.
+The demo's base model samples its own problems at temperature 1, 22 new tokens at most. Both libraries take turns in one process,
+so that what else the machine does falls on both. Only tokens of completions count, each up to and including its end: those that
+fill up rows that have ended do not.
 """
 import argparse
 import statistics
@@ -64,8 +64,8 @@ def main():
                 if args.device != "cpu":
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - start
-                ended = torch.isin(completions, torch.tensor(eos, device=args.device)).cumsum(dim=1)
-                tokens = (ended - torch.isin(completions, torch.tensor(eos, device=args.device)).long() == 0).sum().item()
+                ends = torch.isin(completions, torch.tensor(eos, device=args.device)).long()
+                tokens = (ends.cumsum(dim=1) - ends == 0).sum().item()  # up to and including the first end
                 speed.append(tokens / seconds)
         ours_speed, theirs_speed = (statistics.median(speed[1:]) for speed in speeds)
         print(f"| {name} | {ours_speed:,.0f} | {theirs_speed:,.0f} | {ours_speed / theirs_speed:.2f} |", flush=True)
