@@ -1,7 +1,7 @@
 """Sampling from a decoder: `generate`, the distribution it draws from, and the cache that makes a new token cost one token.
 
-Three savings, none of which changes what is drawn: keys and values are kept and not computed again; equal prompts next to each
-other, as the samples of a group have them, run through the model once; rows that have ended leave once they are a quarter.
+Three savings, none of which changes what is drawn: keys and values are kept and not computed again; samples whose tokens so far are
+equal, as those of a group are at first, are one row in the model; samples that have ended leave once they are a quarter.
 """
 import torch
 import torch.nn.functional as F
@@ -23,33 +23,38 @@ def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     stop = torch.as_tensor([] if eos is None else eos, dtype=ids.dtype, device=ids.device).flatten()
     check(model.config, mask.bool(), max_new_tokens, temperature, top_k, top_p, stop)
-    size = length + max_new_tokens
-    seen = F.pad(mask.bool(), (0, max_new_tokens), value=True)  # [B, size], which tokens attention sees
+    size, vocabulary = length + max_new_tokens, model.config.vocab_size
 
     first = torch.ones(batch, dtype=torch.bool, device=ids.device)  # is this prompt the first of a run of equal ones?
     first[1:] = ((ids[1:] != ids[:-1]) | (mask[1:] != mask[:-1])).any(dim=1)
-    run = first.cumsum(0) - 1  # [B], the run of each prompt
-    cache = Cache(model.config, int(first.sum()), size, model.model.embed_tokens.weight)
-    hidden = model.model(ids[first], seen[first, :length], cache)[run, -1]  # [B, D]
-    cache.select(run)
+    row = first.cumsum(0) - 1  # [live], the row of each sample in the model; those with equal tokens so far share it
+    seen = F.pad(mask[first].bool(), (0, max_new_tokens), value=True)  # [rows, size], which tokens attention sees
+    padded = not seen.all()  # else it needs no mask
+    cache = Cache(model.config, len(seen), size, model.model.embed_tokens.weight)
 
     fill = int(stop[0]) if len(stop) else 0
-    out, completion = F.pad(ids, (0, max_new_tokens), value=fill), torch.zeros_like(seen)
-    live = torch.arange(batch, device=ids.device)  # the rows in the cache; `going` are those of them that have not ended
+    out, completion = F.pad(ids, (0, max_new_tokens), value=fill), F.pad(torch.zeros_like(mask), (0, max_new_tokens))
+    live = torch.arange(batch, device=ids.device)  # the samples in the model; `going` are those of them that have not ended
     going = torch.ones_like(live, dtype=torch.bool)
-    for end in range(length, size):
-        probs = probabilities(model.head(hidden), temperature, top_k, top_p)  # [live, V]
-        tokens = torch.multinomial(probs, 1, generator=generator)  # [live, 1]
-        out[live, end], completion[live, end] = tokens[:, 0].masked_fill(~going, fill), going
-        going = going & ~torch.isin(tokens[:, 0], stop)
-        count = int(going.sum())
-        if count == 0 or end + 1 == size:
-            break
-        if 4 * count <= 3 * len(live):  # all such copies together move at most four times the cache
-            cache.select(going)
-            live, seen, tokens, going = live[going], seen[going], tokens[going], going[going]
-        hidden = model.model(tokens, seen[:, : end + 1], cache)[:, -1]
-    return out[:, : end + 1], completion[:, length : end + 1].to(mask.dtype)
+    newest = ids[first]  # [rows, T], the tokens that the model has not seen
+    with torch.inference_mode():
+        for end in range(length, size):
+            hidden = model.model(newest, seen[:, :end] if padded else None, cache)[:, -1]
+            probs = probabilities(model.head(hidden), temperature, top_k, top_p)[row]  # [live, V]
+            tokens = torch.multinomial(probs, 1, generator=generator)[:, 0].masked_fill(~going, fill)  # [live]
+            out[live, end], completion[live, end] = tokens, going.to(mask.dtype)
+            going = going & ~torch.isin(tokens, stop)
+            count = int(going.sum())
+            if count == 0:
+                break
+            if 4 * count <= 3 * len(live):  # all copies made for this move at most four times the cache
+                live, row, tokens, going = live[going], row[going], tokens[going], going[going]
+            paths, row = torch.unique(row * vocabulary + tokens, return_inverse=True)  # [rows]: the row before, its new token
+            origin, newest = paths // vocabulary, paths[:, None] % vocabulary
+            if not torch.equal(origin, torch.arange(len(seen), device=ids.device)):
+                cache.select(origin)
+                seen = seen[origin]
+    return out[:, : end + 1], completion[:, length : end + 1]
 
 
 def check(config, mask, max_new_tokens, temperature, top_k, top_p, stop):
@@ -110,5 +115,5 @@ class Cache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def select(self, rows):
-        """Keeps these rows of the batch: indices, where one may come more than once, or a boolean mask."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        """Keeps these rows of the batch, by index; one may come more than once."""
+        self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)

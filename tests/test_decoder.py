@@ -171,16 +171,20 @@ def count_rows(model, run):
         hook.remove()
 
 
-def test_equal_prompts_share_one_prefill(model):
+def test_samples_are_one_row_until_their_tokens_differ(model):
     ids = torch.tensor([[7, 1, 5], [7, 1, 5], [7, 1, 5], [2, 2, 2], [2, 2, 2], [7, 1, 5]])
     mask = torch.ones_like(ids)
     mask[2, 0] = 0  # the same ids, but another prompt
     (out, _), rows = count_rows(model, lambda: model.generate(ids, mask, 6, temperature=0))
-    assert rows == [(4, 3)] + [(6, 1)] * 5
+    assert rows == [(4, 3)] + [(4, 1)] * 5  # equal prompts that do not follow each other are run apart
     for row in range(6):
         plain, _ = model.generate(ids[row : row + 1], mask[row : row + 1], 6, temperature=0)
         assert out[row].tolist() == plain[0].tolist()
-    # and so do the distributions: scores of what was sampled do not depend on how it was sampled
+    # Sampled: a row for every different beginning, of which there are more and more.
+    many, whole = ids[[0] * 40 + [3] * 40], torch.ones(80, 3)
+    (out, _), rows = count_rows(model, lambda: model.generate(many, whole, 4, generator=torch.Generator().manual_seed(0)))
+    assert rows == [(2, 3)] + [(len(out[:, :end].unique(dim=0)), 1) for end in (4, 5, 6)] and 2 < rows[1][0] < rows[2][0]
+    # Scores of what was sampled do not depend on how it was sampled.
     sampled, _ = model.generate(ids, mask, 6, generator=torch.Generator().manual_seed(0))
     whole = torch.cat([mask, torch.ones(6, 6)], dim=1)
     cache = Cache(model.config, 4, 9, model.model.embed_tokens.weight)
@@ -308,6 +312,15 @@ def test_token_logprobs_hold_no_tensor_of_all_logits(tmp_path, monkeypatch):
     with Largest() as chunked:
         model.token_logprobs(ids, entropy=True)[0].sum().backward()
     assert plain.numel == 4 * 16 * 500 and chunked.numel == 500 * 16  # the embedding matrix
+
+
+def test_a_head_learns_on_top_of_a_frozen_transformer(model):
+    model.token_logprobs(IDS).sum().backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model.model.requires_grad_(False)
+    model.token_logprobs(IDS).sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, gradient)
 
 
 def test_token_logprobs_of_no_tokens(model):

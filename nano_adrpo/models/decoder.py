@@ -215,7 +215,7 @@ class Decoder(Pretrained):
         [B, T − start], for logging: without gradient).
 
         No [B, T, V] tensor exists, forward or backward: the head runs on a few positions at a time, and backward runs it
-        again on each instead of keeping its logits.
+        again on each instead of keeping its logits. That is for .backward(); torch refuses torch.autograd.grad here.
         """
         if not 1 <= start <= ids.shape[1] or temperature <= 0:
             raise ValueError(f"start is {start} and temperature {temperature}; expected 1 … {ids.shape[1]} and above 0")
@@ -228,8 +228,9 @@ class Decoder(Pretrained):
             return torch.stack([chosen, -(logp.exp() * logp).detach().sum(dim=-1)] if entropy else [chosen])
 
         chunks = zip(hidden.split(rows), ids[:, start:].flatten().split(rows))
-        scores = torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks], dim=1)
-        scores = scores.unflatten(1, (len(ids), ids.shape[1] - start))  # [1 or 2, B, T − start]
+        # Reentrant, each chunk adds to the head's .grad at once; else autograd would hold three copies of it to add them up.
+        scores = [checkpoint(score, *chunk, use_reentrant=hidden.requires_grad) for chunk in chunks]
+        scores = torch.cat(scores, dim=1).unflatten(1, (len(ids), ids.shape[1] - start))  # [1 or 2, B, T − start]
         return (scores[0], scores[1].detach()) if entropy else scores[0]
 
 
@@ -269,7 +270,7 @@ class Transformer(nn.Module):
         key = torch.arange(total, device=ids.device)
         query = key[past:, None]
         if mask is None:
-            attends, positions = (key <= query if past else None), key[None, past:]
+            attends, positions = (key <= query if past and len(query) > 1 else None), key[None, past:]
         else:
             # A padding token still sees itself: a row that sees nothing would be NaN.
             attends = (key <= query) & mask.bool()[:, None, None] | (key == query)  # [B, 1, T, S]
@@ -322,7 +323,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (norm(config, self.size) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x, rope, attends, cache=None):
-        """x [B, T, D] -> [B, T, D]; attends: boolean, broadcastable to [B, heads, T, S], None for plain causal."""
+        """x [B, T, D] -> [B, T, D]; attends: boolean, broadcastable to [B, heads, T, S], None for all tokens so far."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.size)).transpose(1, 2)  # [B, heads, T, d]
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -334,8 +335,8 @@ class Attention(nn.Module):
             q = q.reshape(len(x), k.shape[1], -1, self.size)
         elif attends is not None:  # CUDA's memory-saving kernel for masks wants a key head for every query head
             k, v = (shared.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for shared in (k, v))
-        few = k.shape[1] < q.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attends, is_causal=attends is None, enable_gqa=few)
+        few, causal = k.shape[1] < q.shape[1], attends is None and x.shape[1] > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attends, is_causal=causal, enable_gqa=few)
         return self.o_proj(out.reshape(len(x), -1, x.shape[1], self.size).transpose(1, 2).flatten(2))
 
 
