@@ -54,7 +54,7 @@ def parse(argv=None):
     group.add_argument("--problems", help='JSON lines of GSM8K\'s format ("question", "answer" with "#### number"); default the demo\'s')
     group.add_argument("--held-out", help="the same, for evaluation; needed with --problems")
     group.add_argument("--instruction", default="", help="text put behind every question")
-    group.add_argument("--reward", default="exact", help="exact (1 for the right number), deceptive (the demo's), or a RewardModel folder")
+    group.add_argument("--reward", default="exact", help="exact (1 for the right number), deceptive (the demo's), or a reward model's folder")
     group.add_argument("--format-reward", type=positive(float, zero=True), default=0.0,
                        help="added where an answer is stated in \\boxed{} or after ####")  # fmt: skip
     group = parser.add_argument_group("run")
@@ -113,9 +113,8 @@ class Run:
         self.reward_model = None
         if args.reward not in ("exact", "deceptive"):
             self.reward_model = RewardModel.from_pretrained(args.reward, torch.float32, args.device).requires_grad_(False)
-            with runtime.about(f"--reward {args.reward}"):  # it reads the policy's tokens
-                if chat.tokenizer_of(self.reward_model).get_vocab() != self.tokenizer.get_vocab():
-                    raise ValueError(f"its tokens are not those of --model {args.model}; expected the same vocabulary")
+            with runtime.about(f"--reward {args.reward}"):
+                self.reward_tokenizer, self.reward_template = chat.tokenizer_of(self.reward_model), chat.template_of(self.reward_model)
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         self.policy.model.gradient_checkpointing = args.gradient_checkpointing
         for file, problems in zip(files, (self.problems, self.held_out)):
@@ -151,12 +150,20 @@ class Run:
             full, mask = self.policy.generate(ids, prompts, self.args.max_new_tokens, eos=self.eos, generator=generator, **sampling)
         seen, texts = torch.cat([prompts, mask], dim=1), chat.decode(self.tokenizer, full[:, ids.shape[1] :], mask)
         correct = torch.tensor([rewards_text.exact_answer(text, p.answer) for text, p in zip(texts, problems)])
-        rewards = self.reward(problems, texts, correct, full, seen).to(self.args.device)
+        rewards = self.reward(problems, texts, correct).to(self.args.device)
         return Rollout(full, seen, mask, texts, correct, rewards)
 
-    def reward(self, problems, texts, correct, ids, seen):
-        """-> [N], float32."""
+    def reward(self, problems, texts, correct):
+        """-> [N], float32. A reward model reads text, with a tokenizer and a chat template of its own."""
         if self.reward_model:
+            asked = [problem.question + self.args.instruction for problem in problems]
+            if self.reward_template:
+                turns = [({"role": "user", "content": a}, {"role": "assistant", "content": b}) for a, b in zip(asked, texts)]
+                read = [self.reward_template(list(pair), add_generation_prompt=False) for pair in turns]
+            else:
+                read = [question + text for question, text in zip(asked, texts)]
+            longest, special = self.reward_model.config.max_position_embeddings, not self.reward_template
+            ids, seen = chat.encode_prompts(self.reward_tokenizer, read, longest, special, self.args.device)
             with self.autocast():
                 parts = zip(ids.split(self.args.micro_batch), seen.split(self.args.micro_batch))
                 rewards = torch.cat([self.reward_model(*part) for part in parts]).cpu()

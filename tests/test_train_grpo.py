@@ -202,7 +202,7 @@ def test_rewards_are_those_asked_for():
 
     def rewards(*options):
         run, problems = start(*options)
-        return run.reward([problems[0]] * 5, texts, correct, None, None).tolist()
+        return run.reward([problems[0]] * 5, texts, correct).tolist()
 
     assert rewards() == [0, 1, 1, 0, 0]
     assert rewards("--format-reward", 0.5) == [0.5, 1.5, 1, 0, 0]
@@ -216,15 +216,16 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert lines(tmp_path / "plain") == lines(tmp_path / "checkpointed")
 
 
-def reward_folder(path, *tokens):
-    """A tiny RewardModel with the demo's tokenizer, or with one that has other tokens as well."""
+def reward_folder(path, *tokens, **files):
+    """A tiny RewardModel with the demo's tokenizer, or with one that has other tokens before those."""
     model = RewardModel(Config("gemma", 24 + len(tokens), 16, 24, 2, 2, 64))
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5, generator=generator)
-    tokenizer = arithmetic.build_tokenizer()
-    tokenizer.add_tokens(list(tokens))
-    model.files = {"tokenizer.json": tokenizer.to_str().encode()}
+    vocabulary = {token: index for index, token in enumerate([*tokens, *arithmetic.TOKENS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("####|<[^>]*>|user|model|."), "isolated")
+    model.files = {"tokenizer.json": tokenizer.to_str().encode(), **files}
     model.save_pretrained(path)
     return path
 
@@ -237,8 +238,21 @@ def test_a_reward_model_reads_prompt_and_completion(tmp_path):
     assert len(set(map(len, rollout.texts))) > 1  # some rows are padded
     for problem, text, reward in zip(problems, rollout.texts, rollout.rewards.tolist()):
         characters = (problem.question + text).replace("####", "#")
-        row = [arithmetic.TOKENS.index("####" if char == "#" else char) for char in characters] + [arithmetic.EOS]
+        row = [arithmetic.TOKENS.index("####" if char == "#" else char) for char in characters]
         assert reward == pytest.approx(model(torch.tensor([row])).item(), abs=1e-4)
+
+
+def test_a_reward_model_may_have_another_tokenizer_and_a_chat_template(tmp_path):
+    # As RM-Gemma-2B has, whose policy may be a Qwen.
+    marks = ["<bos>", "<start_of_turn>", "<end_of_turn>", "user", "model", "\n"]
+    template = b"{{ '<start_of_turn>' }} System role not supported"
+    folder = reward_folder(tmp_path / "rm", *marks, **{"chat_template.jinja": template})
+    run, problems = start("--reward", folder)
+    model, tokens = RewardModel.from_pretrained(folder), [*marks, *arithmetic.TOKENS]
+    rewards = run.reward(problems[:1], ["c7+8"], torch.zeros(1))
+    words = ["<bos>", "<start_of_turn>", "user", "\n", *problems[0].question, "<end_of_turn>", "\n",
+             "<start_of_turn>", "model", "\n", *"c7+8", "<end_of_turn>", "\n"]  # fmt: skip
+    assert rewards.item() == pytest.approx(model(torch.tensor([[tokens.index(word) for word in words]])).item(), abs=1e-4)
 
 
 def test_problems_by_path_through_a_chat_template(tmp_path):
@@ -393,10 +407,8 @@ def test_a_damaged_model_is_refused(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reward_model_with_other_tokens_is_refused(capsys, tmp_path):
-    folder = reward_folder(tmp_path / "rm", "x")
-    line = refused(capsys, "--reward", folder, "--out", tmp_path / "run")
-    assert f"--reward {folder}: its tokens are not those of --model {BASE}" in line
+def test_a_reward_model_without_its_tokenizer_is_refused(capsys, tmp_path):
+    folder = reward_folder(tmp_path / "rm")
     (folder / "tokenizer.json").unlink()
     line = refused(capsys, "--reward", folder, "--out", tmp_path / "run")
     assert f"--reward {folder}: the model's folder has no tokenizer.json" in line

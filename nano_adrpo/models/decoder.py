@@ -214,24 +214,56 @@ class Decoder(Pretrained):
         that `generate` samples at top_k=0 and top_p=1. With entropy=True: (the same, π's entropy at each of these positions
         [B, T − start], for logging: without gradient).
 
-        No [B, T, V] tensor exists, forward or backward: the head runs on a few positions at a time, and backward runs it
-        again on each instead of keeping its logits. That is for .backward(); torch refuses torch.autograd.grad here.
+        No [B, T, V] tensor exists, forward or backward: see TokenScores.
         """
         if not 1 <= start <= ids.shape[1] or temperature <= 0:
             raise ValueError(f"start is {start} and temperature {temperature}; expected 1 … {ids.shape[1]} and above 0")
-        hidden = self.model(ids, mask)[:, start - 1 : -1].flatten(0, 1)  # [B·(T − start), D]; position t−1 tells token t
-        rows = max(1, CHUNK // self.config.vocab_size)
+        hidden = self.model(ids, mask)[:, start - 1 : -1]  # [B, T − start, D]; position t−1 tells token t
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        scores = TokenScores.apply(hidden.flatten(0, 1), weight, ids[:, start:].flatten(), temperature)
+        logp, entropies = (score.view(len(ids), ids.shape[1] - start) for score in scores)
+        return (logp, entropies) if entropy else logp
 
-        def score(hidden, tokens):
-            logp = (self.head(hidden).float() / temperature).log_softmax(dim=-1)  # [rows, V]
-            chosen = logp.gather(-1, tokens[:, None])[:, 0]
-            return torch.stack([chosen, -(logp.exp() * logp).detach().sum(dim=-1)] if entropy else [chosen])
 
-        chunks = zip(hidden.split(rows), ids[:, start:].flatten().split(rows))
-        # Reentrant, each chunk adds to the head's .grad at once; else autograd would hold three copies of it to add them up.
-        scores = [checkpoint(score, *chunk, use_reentrant=hidden.requires_grad) for chunk in chunks]
-        scores = torch.cat(scores, dim=1).unflatten(1, (len(ids), ids.shape[1] - start))  # [1 or 2, B, T − start]
-        return (scores[0], scores[1].detach()) if entropy else scores[0]
+class TokenScores(torch.autograd.Function):
+    """log π(token) and π's entropy for π = softmax(hidden·Wᵀ / temperature), a few rows at a time: hidden [N, D], W [V, D],
+    tokens [N] -> two [N]. Backward computes each chunk's logits once more instead of keeping them, and knows their gradient:
+    ∂ log π(token) / ∂ logits = (1 at the token − π) / temperature. The entropy is for logging and has none.
+    """
+
+    @staticmethod
+    def chunks(hidden, weight, temperature):
+        """-> slices of rows, and log π [rows, V] for each, float32."""
+        size = max(1, CHUNK // len(weight))
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            yield rows, (F.linear(hidden[rows], weight).float() / temperature).log_softmax(dim=-1)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature):
+        ctx.save_for_backward(hidden, weight, tokens)
+        ctx.temperature, ctx.dtype = temperature, F.linear(hidden[:0], weight).dtype  # autocast chooses one for products
+        logp, entropy = hidden.new_empty(2, len(tokens), dtype=torch.float32)
+        for rows, every in TokenScores.chunks(hidden, weight, temperature):
+            logp[rows] = every.gather(-1, tokens[rows, None])[:, 0]
+            entropy[rows] = -(every.exp() * every).sum(dim=-1)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        hidden, weight, tokens = ctx.saved_tensors
+        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+        for rows, every in TokenScores.chunks(h, w, ctx.temperature):
+            slope = every.exp_().neg_()  # −π, in the chunk's own memory
+            slope[torch.arange(len(slope)), tokens[rows]] += 1
+            slope = slope.mul_(grad[rows, None] / ctx.temperature).to(ctx.dtype)  # [rows, V], of the logits
+            grad_h[rows] = slope @ w
+            if grad_w is not None:
+                grad_w.addmm_(slope.T, h[rows])
+        return grad_h.to(hidden.dtype), None if grad_w is None else grad_w.to(weight.dtype), None, None
 
 
 class RewardModel(Pretrained):
