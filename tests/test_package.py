@@ -54,7 +54,8 @@ def test_pins_stand_in_one_place():
 
 def test_the_readmes_file_tree_is_true():
     folder, seen = ROOT, set()
-    for line in (ROOT / "README.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0].splitlines():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("```text\nnano_adrpo/")[2].partition("```")[0]
+    for line in f"nano_adrpo/{tree}".splitlines():
         indent, name, *rest = len(line) - len(line.lstrip()), *line.split()
         folder = ROOT if indent == 0 else ROOT / "nano_adrpo" if indent == 2 else folder
         if name.endswith("/"):
