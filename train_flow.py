@@ -204,10 +204,11 @@ def main(argv=None):
     print(json.dumps(config))
 
     log, saved = runtime.Log(out / "metrics.jsonl", args.rounds), "none yet"
-    first, before = run.evaluate()
+    with runtime.at_round(0, saved):
+        first, before = run.evaluate()
     log.write(0, {"eval": first})
     for step in range(1, args.rounds + 1):
-        try:
+        with runtime.at_round(step, saved):
             rows = torch.randint(len(run.prompts), (args.prompts_per_round,), generator=run.generator)
             rows = rows.repeat_interleave(args.group_size)  # [N], the samples of one prompt contiguous
             x1, _, rewards = run.roll_out(rows, run.noise(len(rows), run.generator))  # x1 ~ p_θ of this round
@@ -219,8 +220,6 @@ def main(argv=None):
                 values["eval"], after = run.evaluate()
                 run.policy.save_pretrained(out / "model")
                 saved = f"{out / 'model'} (round {step})"
-        except FloatingPointError as error:
-            raise FloatingPointError(f"round {step}: {error}; last good checkpoint: {saved}") from None
         log.write(step, values)
 
     last = values["eval"]

@@ -270,11 +270,12 @@ def main(argv=None):
     print(json.dumps(config))
 
     log, saved, flat = runtime.Log(out / "metrics.jsonl", args.rounds), "none yet", True
-    first, samples = run.evaluate()
+    with runtime.at_round(0, saved):
+        first, samples = run.evaluate()
     write_samples(out, 0, samples)
     log.write(0, {"eval": first})
     for step in range(1, args.rounds + 1):
-        try:
+        with runtime.at_round(step, saved):
             drawn = torch.randint(len(run.problems), (args.prompts_per_round,), generator=run.draws).tolist()
             problems = [run.problems[row] for row in drawn for _ in range(args.group_size)]  # a group's completions contiguous
             start = time.monotonic()
@@ -290,8 +291,6 @@ def main(argv=None):
                 run.policy.save_pretrained(out / "model")
                 saved = f"{out / 'model'} (round {step})"
                 write_samples(out, step, samples)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"round {step}: {error}; last good checkpoint: {saved}") from None
         log.write(step, values, speed)
 
     last = values["eval"]

@@ -44,6 +44,15 @@ def about(subject):
         raise ValueError(f"{subject}: {error}") from None
 
 
+@contextlib.contextmanager
+def at_round(step, saved):
+    """A number that is not finite inside stops the run: with the round, and the checkpoint to go back to."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"round {step}: {error}; last good checkpoint: {saved}") from None
+
+
 def positive(kind, zero=False):
     """An argparse type: a finite int or float above zero, or zero where that is allowed."""
 

@@ -237,7 +237,8 @@ def test_a_reward_or_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, mon
     monkeypatch.setattr(
         train_flow.ClipScore, "__call__", lambda self, images, prompts: torch.full((len(prompts),), float("inf"))
     )
-    assert "a reward of the prompt" in refused(capsys, "--out", tmp_path / "other")
+    line = refused(capsys, "--out", tmp_path / "other")
+    assert "round 0: a reward of the prompt" in line and "last good checkpoint: none yet" in line
 
 
 def test_the_script_runs_as_a_script(tmp_path):
