@@ -29,51 +29,42 @@ METHODS = ("adrpo", "fixed-beta", "orw-cfm-w2", "raft", "dpo")
 
 def parse(argv=None):
     parser = runtime.Parser(__doc__.split("\n")[0])
-    group = parser.add_argument_group("algorithm")
-    group.add_argument("--method", choices=METHODS, default="adrpo", help="coefficients of the loss, see nano_adrpo/adrpo.py")
-    group.add_argument("--beta0", type=positive(float), default=1.0,
-                       help="β0 (adrpo), or β (fixed-beta: in units of the reward; orw-cfm-w2: of its weights)")  # fmt: skip
-    group.add_argument("--a-min", type=float, default=-8.0, help="A_min, the advantage's lower bound, in units of the reward")
-    group.add_argument("--a-max", type=float, default=8.0, help="A_max, its upper bound")
-    group.add_argument("--tau", type=positive(float), default=0.1, help="τ of orw-cfm-w2's exp(τ·R), per unit of the reward")
-    group.add_argument("--beta-dpo", type=positive(float), default=50.0, help="β of dpo, per squared velocity per element")
-    group.add_argument("--time-density", choices=("uniform", "noise"), default="uniform",
-                       help="density of t in the loss: 1 as in the paper, or 2(1 − t), more weight near the noise")  # fmt: skip
-    group = parser.add_argument_group("rollouts")
-    group.add_argument("--prompts-per-round", type=positive(int), default=16, help="prompts drawn a round")
-    group.add_argument("--group-size", type=positive(int), default=8, help="samples per prompt, at least 2")
-    group.add_argument("--ode-steps", type=positive(int), default=10, help="integration steps from noise to image")
-    group.add_argument("--ode-method", choices=tuple(ode.EVALUATIONS), default="euler", help="integrator")
-    group.add_argument("--shift", type=positive(float), default=1.0, help="time-grid shift; SD3 uses 3 at 1024 px")
-    group.add_argument("--guidance", type=positive(float), default=1.0, help="classifier-free guidance scale; 1 is none")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--rounds", type=positive(int), default=80, help="rounds of rollouts")
-    group.add_argument("--inner-steps", type=positive(int), default=4, help="gradient steps a round")
-    group.add_argument("--lr", type=positive(float), default=1e-4, help="Adam's learning rate")
-    group.add_argument("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
-    group.add_argument(
-        "--micro-batch", type=positive(int), help="samples (dpo: pairs) per forward pass; must divide a round's; default all"
-    )
-    group = parser.add_argument_group("inputs")
-    group.add_argument("--model", default=str(digits.HERE / "base"), help="folder in diffusers' SD3 pipeline layout")
-    group.add_argument("--reward", default=str(digits.HERE / "clip"), help="CLIP folder whose ClipScore is the reward, 0 … 100")
-    group.add_argument("--prompts", help="text file, one prompt a line; default: the demo's 40 prompts, with the demo's judge")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", default="runs/flow", help="new or empty folder for the run's files")
-    group.add_argument("--seed", type=int, default=0, help="of prompts, noises and times")
-    group.add_argument("--device", type=runtime.device, default="cpu", help="torch device")
-    group.add_argument("--dtype", choices=tuple(runtime.DTYPES), default="float32",
-                       help="dtype of the forward passes; the weights stay float32 (torch.autocast)")  # fmt: skip
-    group.add_argument(
-        "--eval-every", type=positive(int), default=20, help="rounds between evaluations, with a checkpoint each"
-    )
-    group.add_argument("--eval-samples", type=positive(int), default=8, help="samples per prompt in an evaluation, at least 2")
+    add = parser.add_argument_group("algorithm").add_argument
+    add("--method", choices=METHODS, default="adrpo", help="coefficients of the loss, see nano_adrpo/adrpo.py")
+    add("--beta0", type=positive(float), default=1.0, help="β0 of adrpo; β of fixed-beta (in units of the reward), orw-cfm-w2")
+    add("--a-min", type=float, default=-8.0, help="A_min, the advantage's lower bound, in units of the reward; the paper: −β0")
+    add("--a-max", type=float, default=8.0, help="A_max, its upper bound; the paper: β0")
+    add("--tau", type=positive(float), default=0.1, help="τ of orw-cfm-w2's exp(τ·R), per unit of the reward")
+    add("--beta-dpo", type=positive(float), default=50.0, help="β of dpo, per squared velocity per element")
+    add("--time-density", choices=("uniform", "noise"), default="uniform", help="of t in the loss: 1, or 2(1 − t)")
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--prompts-per-round", type=positive(int), default=16, help="prompts drawn a round")
+    add("--group-size", type=positive(int), default=8, help="samples per prompt, at least 2")
+    add("--ode-steps", type=positive(int), default=10, help="integration steps from noise to image")
+    add("--ode-method", choices=tuple(ode.EVALUATIONS), default="euler", help="integrator")
+    add("--shift", type=positive(float), default=1.0, help="time-grid shift; SD3 uses 3 at 1024 px")
+    add("--guidance", type=positive(float), default=1.0, help="classifier-free guidance scale; 1 is none")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--rounds", type=positive(int), default=80, help="rounds of rollouts")
+    add("--inner-steps", type=positive(int), default=4, help="gradient steps a round")
+    add("--lr", type=positive(float), default=1e-4, help="Adam's learning rate")
+    add("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
+    add("--micro-batch", type=positive(int), help="samples (dpo: pairs) per forward pass; must divide a round's; default all")
+    add = parser.add_argument_group("inputs").add_argument
+    add("--model", default=str(digits.HERE / "base"), help="folder in diffusers' SD3 pipeline layout")
+    add("--reward", default=str(digits.HERE / "clip"), help="CLIP folder whose ClipScore is the reward, 0 … 100")
+    add("--prompts", help="text file, one prompt a line; default: the demo's 40 prompts, with the demo's judge")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="runs/flow", help="new or empty folder for the run's files")
+    add("--seed", type=int, default=0, help="of prompts, noises and times")
+    add("--device", type=runtime.device, default="cpu", help="torch device")
+    add("--dtype", choices=tuple(runtime.DTYPES), default="float32", help="of forward passes; weights stay float32")
+    add("--eval-every", type=positive(int), default=20, help="rounds between evaluations, with a checkpoint each")
+    add("--eval-samples", type=positive(int), default=8, help="samples per prompt in an evaluation, at least 2")
     args = parser.parse_args(argv)
     for option in ("group_size", "eval_samples"):
         if getattr(args, option) < 2:
-            raise ValueError(
-                f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 2, to compare samples of a prompt"
-            )
+            raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 2, to compare samples")
     units, what = (1, "pairs") if args.method == "dpo" else (args.group_size, "samples")
     if args.micro_batch and args.prompts_per_round * units % args.micro_batch:
         count = args.prompts_per_round * units

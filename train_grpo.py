@@ -5,11 +5,12 @@
     python train_grpo.py --model QWEN_FOLDER --problems train.jsonl --held-out test.jsonl --max-new-tokens 512 --lr 1e-6 \\
         --device cuda --dtype bfloat16 --micro-batch 8 --gradient-checkpointing --out runs/qwen
 
-One round: draw problems, sample a group of completions for each, reward them, turn rewards into advantages, score the tokens under
-the policy that sampled them and under the reference, take clipped policy-gradient steps, log. The reference is a frozen copy of the
-policy at the start. Written to --out: config.json, metrics.jsonl, samples.txt, model/ (transformers' layout) and, with matplotlib,
-curves.png.
+One round: draw problems, sample a group of completions for each, reward them, turn rewards into advantages, score the tokens
+under the policy that sampled them and under the reference, take clipped policy-gradient steps, log. The reference is a frozen
+copy of the policy at the start. Written to --out: config.json, metrics.jsonl, samples.txt, model/ (transformers' layout) and,
+with matplotlib, curves.png.
 """
+
 import copy
 import json
 import time
@@ -25,50 +26,47 @@ from nano_adrpo.runtime import positive
 
 def parse(argv=None):
     parser = runtime.Parser(__doc__.split("\n")[0])
-    group = parser.add_argument_group("algorithm")
-    group.add_argument("--method", choices=("adrpo", "grpo"), default="adrpo", help="coefficient of the KL: β0 − A, or β0")
-    group.add_argument("--beta0", type=positive(float), default=0.04, help="baseline strength β0 (adrpo), or the strength β (grpo)")
-    group.add_argument("--a-min", type=float, help="A_min, the lower bound of A within β0 − A, in deviations; default −β0")
-    group.add_argument("--a-max", type=float, help="A_max, its upper bound; default β0")
-    group.add_argument("--clip-eps", type=positive(float), default=0.2, help="ε of the ratio's clip [1 − ε, 1 + ε]")
-    group.add_argument("--kl", choices=("k1", "k2", "k3"), default="k3", help="estimator of the KL; k1 has no gradient")
-    group.add_argument("--average", choices=("sequences", "tokens"), default="sequences", help="what the loss is a mean over")
-    group = parser.add_argument_group("rollouts")
-    group.add_argument("--prompts-per-round", type=positive(int), default=8, help="problems drawn a round")
-    group.add_argument("--group-size", type=positive(int), default=16, help="completions per problem, at least 2")
-    group.add_argument("--max-new-tokens", type=positive(int), default=arithmetic.LONGEST, help="tokens of a completion, its end included")
-    group.add_argument("--max-prompt-tokens", type=positive(int), default=512, help="a longer prompt is refused")
-    group.add_argument("--temperature", type=positive(float), default=1.0, help="of sampling, and of the scores that the loss uses")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--rounds", type=positive(int), default=110, help="rounds of rollouts")
-    group.add_argument("--inner-epochs", type=positive(int), default=1, help="μ, passes over a round's completions")
-    group.add_argument("--minibatches", type=positive(int), default=1, help="gradient steps per pass; must divide a round's completions")
-    group.add_argument("--micro-batch", type=positive(int), help="completions per forward pass; must divide a minibatch; default all of it")
-    group.add_argument("--lr", type=positive(float), default=8e-4, help="AdamW's learning rate for the first half of the rounds")
-    group.add_argument("--lr-end", type=positive(float, zero=True), default=0.0,
-                       help="its fraction at the end, after a straight fall through the second half")  # fmt: skip
-    group.add_argument("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="keep block inputs only and recompute the rest: less memory")
-    group = parser.add_argument_group("inputs")
-    group.add_argument("--model", default=str(arithmetic.HERE / "arithmetic_base"), help="Qwen2, Qwen2.5, Qwen3, Llama or Gemma folder")
-    group.add_argument("--problems", help='JSON lines of GSM8K\'s format ("question", "answer" with "#### number"); default the demo\'s')
-    group.add_argument("--held-out", help="the same, for evaluation; needed with --problems")
-    group.add_argument("--instruction", default="", help="text put behind every question")
-    group.add_argument("--reward", default="exact", help="exact (1 for the right number), deceptive (the demo's), or a reward model's folder")
-    group.add_argument("--format-reward", type=positive(float, zero=True), default=0.0,
-                       help="added where an answer is stated in \\boxed{} or after ####")  # fmt: skip
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", default="runs/grpo", help="new or empty folder for the run's files")
-    group.add_argument("--seed", type=int, default=0, help="of problems, samples and minibatches")
-    group.add_argument("--device", type=runtime.device, default="cpu", help="torch device")
-    group.add_argument("--dtype", choices=tuple(runtime.DTYPES), default="float32",
-                       help="dtype of the forward passes; the weights stay float32 (torch.autocast)")  # fmt: skip
-    group.add_argument("--eval-every", type=positive(int), default=22, help="rounds between evaluations, with a checkpoint each")
-    group.add_argument("--eval-samples", type=positive(int), default=8, help="completions per held-out problem in an evaluation")
-    group.add_argument("--eval-batch", type=positive(int), default=1024, help="completions sampled at a time in an evaluation")
-    group.add_argument("--eval-temperature", type=positive(float, zero=True), default=1.0, help="in an evaluation; 0 is greedy")
-    group.add_argument("--eval-top-k", type=positive(int, zero=True), default=0, help="likeliest tokens kept in an evaluation; 0 keeps all")
-    group.add_argument("--eval-top-p", type=positive(float), default=1.0, help="probability kept in an evaluation; 1 keeps all")
+    add = parser.add_argument_group("algorithm").add_argument
+    add("--method", choices=("adrpo", "grpo"), default="adrpo", help="coefficient of the KL: β0 − A, or β0")
+    add("--beta0", type=positive(float), default=0.04, help="baseline strength β0 (adrpo), or the strength β (grpo)")
+    add("--a-min", type=float, help="A_min, the lower bound of A within β0 − A, in deviations; default −β0")
+    add("--a-max", type=float, help="A_max, its upper bound; default β0")
+    add("--clip-eps", type=positive(float), default=0.2, help="ε of the ratio's clip [1 − ε, 1 + ε]")
+    add("--kl", choices=("k1", "k2", "k3"), default="k3", help="estimator of the KL; k1 has no gradient")
+    add("--average", choices=("sequences", "tokens"), default="sequences", help="what the loss is a mean over")
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--prompts-per-round", type=positive(int), default=8, help="problems drawn a round")
+    add("--group-size", type=positive(int), default=16, help="completions per problem, at least 2")
+    add("--max-new-tokens", type=positive(int), default=arithmetic.LONGEST, help="tokens of a completion, its end included")
+    add("--max-prompt-tokens", type=positive(int), default=512, help="a longer prompt is refused")
+    add("--temperature", type=positive(float), default=1.0, help="of sampling, and of the scores that the loss uses")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--rounds", type=positive(int), default=110, help="rounds of rollouts")
+    add("--inner-epochs", type=positive(int), default=1, help="μ, passes over a round's completions")
+    add("--minibatches", type=positive(int), default=1, help="gradient steps per pass; must divide a round's completions")
+    add("--micro-batch", type=positive(int), help="completions per forward pass; must divide a minibatch; default all of it")
+    add("--lr", type=positive(float), default=8e-4, help="AdamW's learning rate for the first half of the rounds")
+    add("--lr-end", type=positive(float, zero=True), default=0.0, help="its share at the end; a straight fall from half-way")
+    add("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
+    add("--gradient-checkpointing", action="store_true", help="keep block inputs only and recompute the rest: less memory")
+    add = parser.add_argument_group("inputs").add_argument
+    add("--model", default=str(arithmetic.HERE / "arithmetic_base"), help="Qwen2, Qwen2.5, Qwen3, Llama or Gemma folder")
+    add("--problems", help='JSON lines of GSM8K\'s format ("question", "answer" with "#### number"); default the demo\'s')
+    add("--held-out", help="the same, for evaluation; needed with --problems")
+    add("--instruction", default="", help="text put behind every question")
+    add("--reward", default="exact", help="exact (1 for the right number), deceptive (the demo's), or a reward model's folder")
+    add("--format-reward", type=positive(float, zero=True), default=0.0, help="for an answer in \\boxed{} or after ####")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="runs/grpo", help="new or empty folder for the run's files")
+    add("--seed", type=int, default=0, help="of problems, samples and minibatches")
+    add("--device", type=runtime.device, default="cpu", help="torch device")
+    add("--dtype", choices=tuple(runtime.DTYPES), default="float32", help="of forward passes; weights stay float32")
+    add("--eval-every", type=positive(int), default=22, help="rounds between evaluations, with a checkpoint each")
+    add("--eval-samples", type=positive(int), default=8, help="completions per held-out problem in an evaluation")
+    add("--eval-batch", type=positive(int), default=1024, help="completions sampled at a time in an evaluation")
+    add("--eval-temperature", type=positive(float, zero=True), default=1.0, help="in an evaluation; 0 is greedy")
+    add("--eval-top-k", type=positive(int, zero=True), default=0, help="likeliest tokens kept in an evaluation; 0 keeps all")
+    add("--eval-top-p", type=positive(float), default=1.0, help="probability kept in an evaluation; 1 keeps all")
     args = parser.parse_args(argv)
     size = args.prompts_per_round * args.group_size
     if args.group_size < 2:
@@ -77,12 +75,15 @@ def parse(argv=None):
         raise ValueError(f"--minibatches {args.minibatches} does not divide the {size} completions of a round")
     args.micro_batch = args.micro_batch or size // args.minibatches
     if size // args.minibatches % args.micro_batch:
-        raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {size // args.minibatches} completions of a minibatch")
+        raise ValueError(
+            f"--micro-batch {args.micro_batch} does not divide the {size // args.minibatches} completions of a minibatch"
+        )
     if bool(args.problems) != bool(args.held_out):
         raise ValueError("--problems and --held-out: expected both or neither")
     if args.eval_top_p > 1:
         raise ValueError(f"--eval-top-p {args.eval_top_p}: expected at most 1")
-    args.a_min, args.a_max = (-args.beta0 if args.a_min is None else args.a_min), (args.beta0 if args.a_max is None else args.a_max)
+    args.a_min = -args.beta0 if args.a_min is None else args.a_min
+    args.a_max = args.beta0 if args.a_max is None else args.a_max
     adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
     return args
 
@@ -114,7 +115,10 @@ class Run:
         if args.reward not in ("exact", "deceptive"):
             self.reward_model = RewardModel.from_pretrained(args.reward, torch.float32, args.device).requires_grad_(False)
             with runtime.about(f"--reward {args.reward}"):
-                self.reward_tokenizer, self.reward_template = chat.tokenizer_of(self.reward_model), chat.template_of(self.reward_model)
+                self.reward_tokenizer, self.reward_template = (
+                    chat.tokenizer_of(self.reward_model),
+                    chat.template_of(self.reward_model),
+                )
         self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         self.policy.model.gradient_checkpointing = args.gradient_checkpointing
         for file, problems in zip(files, (self.problems, self.held_out)):
@@ -136,7 +140,9 @@ class Run:
         texts = [problem.question + self.args.instruction for problem in problems]
         if self.template:
             texts = [self.template([{"role": "user", "content": text}]) for text in texts]
-        return chat.encode_prompts(self.tokenizer, texts, self.args.max_prompt_tokens, special=not self.template, device=self.args.device)
+        return chat.encode_prompts(
+            self.tokenizer, texts, self.args.max_prompt_tokens, special=not self.template, device=self.args.device
+        )
 
     def autocast(self):
         dtype = runtime.DTYPES[self.args.dtype]
@@ -147,7 +153,9 @@ class Run:
         """One completion of each problem (those of a group contiguous: they share one prefill). -> Rollout"""
         ids, prompts = self.encode(problems)
         with self.autocast():
-            full, mask = self.policy.generate(ids, prompts, self.args.max_new_tokens, eos=self.eos, generator=generator, **sampling)
+            full, mask = self.policy.generate(
+                ids, prompts, self.args.max_new_tokens, eos=self.eos, generator=generator, **sampling
+            )
         seen, texts = torch.cat([prompts, mask], dim=1), chat.decode(self.tokenizer, full[:, ids.shape[1] :], mask)
         correct = torch.tensor([rewards_text.exact_answer(text, p.answer) for text, p in zip(texts, problems)])
         rewards = self.reward(problems, texts, correct).to(self.args.device)
@@ -243,7 +251,10 @@ class Run:
             tokens = rollouts[-1].mask.bool()
             scores.append([score[tokens] for score in self.score_all(rollouts[-1], args.eval_temperature or args.temperature)])
         logp, ref_logp, entropy = map(torch.cat, zip(*scores))  # each [tokens of all completions]
-        correct, texts = torch.cat([rollout.correct for rollout in rollouts]), [t for rollout in rollouts for t in rollout.texts]
+        correct, texts = (
+            torch.cat([rollout.correct for rollout in rollouts]),
+            [t for rollout in rollouts for t in rollout.texts],
+        )
         values = {
             "reward": torch.cat([rollout.rewards for rollout in rollouts]).mean().item(),
             "pass@1": metrics.pass_at_k(correct.reshape(-1, size), 1),
@@ -285,7 +296,9 @@ def main(argv=None):
                       "length": rollout.mask.sum(dim=1).float().mean().item(), **run.update(rollout)}  # fmt: skip
             flat = flat and values["zero_spread"] == 1  # has every group of every round been without spread?
             if flat and step == min(10, args.rounds):
-                print(f"warning: in {step} rounds no group's rewards differed; only the KL acts. Is the reward right?", flush=True)
+                print(
+                    f"warning: in {step} rounds no group's rewards differed; only the KL acts. Is the reward right?", flush=True
+                )
             if step % args.eval_every == 0 or step == args.rounds:
                 values["eval"], samples = run.evaluate()
                 run.policy.save_pretrained(out / "model")

@@ -6,6 +6,7 @@ The demo's base model samples its own problems at temperature 1, 22 new tokens a
 so that what else the machine does falls on both. Only tokens of completions count, each up to and including its end: those that
 fill up rows that have ended do not.
 """
+
 import argparse
 import statistics
 import time

@@ -7,6 +7,7 @@ The model has Qwen2.5's vocabulary of 151,936 tokens and the 0.5B model's width,
 logits. Each way runs in a process of its own. On the CPU the peak is the process's largest resident memory, on CUDA the largest that
 torch allocated; the model's own weights and gradients, which both ways need, are part of it and printed beside it.
 """
+
 import argparse
 import json
 import resource
@@ -55,7 +56,9 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the model; log-probabilities are float32 in both ways")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--way", choices=WAYS, help="run one way here and print its numbers; default: both, each in its own process")
+    parser.add_argument(
+        "--way", choices=WAYS, help="run one way here and print its numbers; default: both, each in its own process"
+    )
     args = parser.parse_args()
     if args.way:
         return print(json.dumps(measure(args)))
@@ -65,14 +68,18 @@ def main():
     for way in WAYS:
         run = subprocess.run([sys.executable, *sys.argv, "--way", way], capture_output=True, text=True)
         if run.returncode:
-            sys.exit(f"error: {way}: {run.stderr.strip().splitlines()[-1] if run.stderr else f'killed by signal {-run.returncode}'}")
+            sys.exit(
+                f"error: {way}: {run.stderr.strip().splitlines()[-1] if run.stderr else f'killed by signal {-run.returncode}'}"
+            )
         got = json.loads(run.stdout)
         peaks.append(got)
         numbers = f"{got['before']:.2f} | {got['peak']:.2f} | {got['peak'] - got['before']:.2f} | {got['seconds']:.1f} | {got['loss']:.6f}"
         print(f"| {way} | {numbers} |", flush=True)
     plain, chunked = peaks
     above = [numbers["peak"] - numbers["before"] for numbers in peaks]
-    print(f"\nchunked / plain: {chunked['peak'] / plain['peak']:.3f} in all, {above[1] / above[0]:.3f} above weights and gradients")
+    print(
+        f"\nchunked / plain: {chunked['peak'] / plain['peak']:.3f} in all, {above[1] / above[0]:.3f} above weights and gradients"
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ Where this departs from the paper's formulas, or they leave a choice:
   * The policy-gradient term of Eq. 7 takes A as it is, unclamped; GRPO's k3 is the default KL, not multiplied by the ratio (TRL
     1.16 does that unless use_bias_correction_kl=False, and then follows the gradient of k2).
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -165,15 +166,16 @@ def policy_loss(
     advantages                 [N], `group_advantages(rewards, G, normalize=True)`; not clamped here
     beta                       a number or [N]
     kl                         estimator of `kl_divergence`
-    average                    "sequences": mean over sequences of each one's mean over its tokens (GRPO's paper), in which a token
-                               of a short answer weighs more. "tokens": mean over all tokens
+    average                    "sequences": mean over sequences of each one's mean over its tokens (GRPO's paper), in which
+                               a token of a short answer weighs more. "tokens": mean over all tokens
     total                      how many sequences, or tokens, to divide by; None: those of this call. A micro-batch passes the
                                whole batch's number, and the losses of the parts then add up to the batch's
     """
     if average not in ("sequences", "tokens"):
         raise ValueError(f"average is {average!r}; expected 'sequences' or 'tokens'")
-    if not logp.shape == old_logp.shape == ref_logp.shape == mask.shape:
-        raise ValueError(f"logp, old_logp, ref_logp and mask have shapes {', '.join(str(list(x.shape)) for x in (logp, old_logp, ref_logp, mask))}; expected one")  # fmt: skip
+    shapes = [list(x.shape) for x in (logp, old_logp, ref_logp, mask)]
+    if shapes != shapes[:1] * 4:
+        raise ValueError(f"logp, old_logp, ref_logp and mask have shapes {shapes}; expected the same [N, T]")
     A = _float(_coefficient(advantages, logp))[:, None]  # [N, 1]
     beta = _coefficient(beta, logp)
     beta = beta[:, None] if isinstance(beta, torch.Tensor) and beta.dim() else beta
@@ -223,7 +225,7 @@ def _groups(rewards, group_size):
     if group_size < 2:
         raise ValueError(f"group_size is {group_size}; expected at least 2, since an advantage compares samples of one prompt")
     if rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
-        raise ValueError(f"rewards have shape {list(rewards.shape)}; expected [N] with N a multiple of group_size = {group_size}")
+        raise ValueError(f"rewards have shape {list(rewards.shape)}; expected [N], N a multiple of group_size = {group_size}")
     return _float(rewards).reshape(-1, group_size)
 
 

@@ -1,4 +1,5 @@
 """The losses against numbers by hand, closed forms and invariances."""
+
 import itertools
 import math
 
@@ -46,7 +47,9 @@ def test_advantages_are_float32_for_half_precision_and_integers():
     assert adrpo.group_advantages(torch.tensor([1, 2], dtype=torch.bfloat16), 2).dtype == torch.float32
 
 
-@pytest.mark.parametrize("rewards, group_size", [(torch.zeros(4), 1), (torch.zeros(5), 2), (torch.zeros(0), 2), (torch.zeros(2, 2), 2)])
+@pytest.mark.parametrize(
+    "rewards, group_size", [(torch.zeros(4), 1), (torch.zeros(5), 2), (torch.zeros(0), 2), (torch.zeros(2, 2), 2)]
+)
 def test_rewards_that_form_no_groups_are_refused(rewards, group_size):
     with pytest.raises(ValueError, match="expected"):
         adrpo.group_advantages(rewards, group_size)
@@ -56,7 +59,9 @@ def test_adaptive_beta_at_and_beyond_the_clamp():
     advantages = torch.tensor([-9.0, -0.04, -0.01, 0.0, 0.01, 0.04, 9.0])
     assert adrpo.adaptive_beta(advantages, 0.04).tolist() == pytest.approx([0.08, 0.08, 0.05, 0.04, 0.03, 0.0, 0.0])
     assert adrpo.adaptive_beta(advantages, 0.04, 0.02).tolist() == pytest.approx([0.06, 0.06, 0.05, 0.04, 0.03, 0.02, 0.02])
-    assert adrpo.adaptive_beta(advantages, 0.04, (-1.0, 0.02)).tolist() == pytest.approx([1.04, 0.08, 0.05, 0.04, 0.03, 0.02, 0.02])
+    assert adrpo.adaptive_beta(advantages, 0.04, (-1.0, 0.02)).tolist() == pytest.approx(
+        [1.04, 0.08, 0.05, 0.04, 0.03, 0.02, 0.02]
+    )
     assert adrpo.adaptive_beta(torch.zeros(3), 0.5).tolist() == [0.5] * 3
 
 
@@ -70,7 +75,11 @@ def test_a_bad_strength_or_range_is_refused(beta0, clip):
 
 
 def test_flow_loss_by_hand():
-    v, u, v_ref = torch.tensor([[1.0, 3.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [2.0, 2.0]])
+    v, u, v_ref = (
+        torch.tensor([[1.0, 3.0], [0.0, 2.0]]),
+        torch.tensor([[0.0, 1.0], [0.0, 0.0]]),
+        torch.tensor([[1.0, 1.0], [2.0, 2.0]]),
+    )
     # |v − u|² = (1 + 4)/2, (0 + 4)/2; |v − v_ref|² = (0 + 4)/2, (4 + 0)/2
     loss = adrpo.flow_loss(v, u, v_ref, weight=torch.tensor([2.0, -1.0]), beta=torch.tensor([0.5, 3.0]))
     assert loss.item() == (2 * 2.5 + 0.5 * 2 - 1 * 2 + 3 * 2) / 2
@@ -102,7 +111,9 @@ def test_the_curvature_is_beta0_whatever_the_advantage(advantage):
     beta0, dim = 1.3, 4
     a = torch.tensor([advantage], dtype=torch.float64)
     beta = adrpo.adaptive_beta(a, beta0, 10.0)
-    hessian = torch.autograd.functional.hessian(lambda v: adrpo.flow_loss(v[None], draws(1, dim), draws(1, dim, seed=1), a, beta), draws(dim, seed=2))
+    hessian = torch.autograd.functional.hessian(
+        lambda v: adrpo.flow_loss(v[None], draws(1, dim), draws(1, dim, seed=1), a, beta), draws(dim, seed=2)
+    )
     assert torch.allclose(hessian, 2 * beta0 / dim * torch.eye(dim, dtype=torch.float64))  # |·|² is a mean, so 2/dim
 
 
@@ -128,7 +139,9 @@ def test_the_order_and_the_split_of_the_batch_change_nothing():
     v, u, v_ref, weight, beta = *(draws(6, 5, seed=seed) for seed in range(3)), draws(6, seed=3), draws(6, seed=4)
     whole = adrpo.flow_loss(v, u, v_ref, weight, beta)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    assert adrpo.flow_loss(v[order], u[order], v_ref[order], weight[order], beta[order]).item() == pytest.approx(whole.item(), rel=1e-14)
+    assert adrpo.flow_loss(v[order], u[order], v_ref[order], weight[order], beta[order]).item() == pytest.approx(
+        whole.item(), rel=1e-14
+    )
     halves = [adrpo.flow_loss(v[s], u[s], v_ref[s], weight[s], beta[s]) for s in (slice(0, 3), slice(3, 6))]
     assert sum(halves).item() / 2 == pytest.approx(whole.item(), rel=1e-14)
 
@@ -147,7 +160,9 @@ def test_the_reference_gets_no_gradient_and_inputs_stay_as_they_were():
     rewards = draws(4, seed=5)
     kept = rewards.clone()
     weight = adrpo.clamp_advantages(adrpo.group_advantages(rewards, 2, normalize=True), 0.1)
-    (adrpo.flow_loss(*tensors, weight, adrpo.adaptive_beta(rewards, 0.1)) + adrpo.flow_dpo_loss(*tensors, [0], [1], 1.0)).backward()
+    (
+        adrpo.flow_loss(*tensors, weight, adrpo.adaptive_beta(rewards, 0.1)) + adrpo.flow_dpo_loss(*tensors, [0], [1], 1.0)
+    ).backward()
     assert tensors[0].grad is not None and tensors[2].grad is None
     assert all(torch.equal(a, b) for a, b in zip(tensors, before)) and torch.equal(rewards, kept)
 
@@ -158,7 +173,15 @@ def test_bfloat16_velocities_are_compared_in_float32():
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(0.09765625**2, rel=1e-6)
 
 
-@pytest.mark.parametrize("shapes, coefficient", [(((2, 3), (2, 3), (2, 4)), 1.0), (((2, 3), (3,), (2, 3)), 1.0), (((2, 3),) * 3, torch.ones(3)), (((2, 3),) * 3, torch.ones(2, 1))])
+@pytest.mark.parametrize(
+    "shapes, coefficient",
+    [
+        (((2, 3), (2, 3), (2, 4)), 1.0),
+        (((2, 3), (3,), (2, 3)), 1.0),
+        (((2, 3),) * 3, torch.ones(3)),
+        (((2, 3),) * 3, torch.ones(2, 1)),
+    ],
+)
 def test_shapes_that_would_broadcast_are_refused(shapes, coefficient):
     with pytest.raises(ValueError, match="shape"):
         adrpo.flow_loss(*(torch.zeros(shape) for shape in shapes), coefficient, 0.0)
@@ -215,11 +238,18 @@ def test_each_kl_estimator_over_an_enumerated_vocabulary(estimator, value, gradi
     logp, ref = log_softmax(logits), log_softmax(REF)
     p, q = logp.detach().exp(), ref.exp()
     reverse, forward = (logp.exp() * (logp - ref)).sum(), (q * (ref - logp)).sum()
-    expected = (p * adrpo.kl_divergence(logp, ref, estimator)).sum()  # the mean over sampled tokens, sampling not differentiated
+    expected = (
+        p * adrpo.kl_divergence(logp, ref, estimator)
+    ).sum()  # the mean over sampled tokens, sampling not differentiated
     if value:
         assert expected.item() == pytest.approx(reverse.item(), abs=1e-12)
-    grads = {name: torch.autograd.grad(loss, logits, retain_graph=True)[0] for name, loss in (("reverse", reverse), ("forward", forward))}
-    assert torch.allclose(torch.autograd.grad(expected, logits)[0], grads.get(gradient, torch.zeros(3, dtype=torch.float64)), atol=1e-12)
+    grads = {
+        name: torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        for name, loss in (("reverse", reverse), ("forward", forward))
+    }
+    assert torch.allclose(
+        torch.autograd.grad(expected, logits)[0], grads.get(gradient, torch.zeros(3, dtype=torch.float64)), atol=1e-12
+    )
 
 
 def test_kl_estimators_by_hand():
@@ -246,10 +276,15 @@ def test_policy_loss_by_hand():
     second = [1.0 + 0]
     sequences = adrpo.policy_loss(logp, old, ref, mask, advantages, beta)
     assert sequences.item() == pytest.approx((sum(first) / 2 + second[0]) / 2)
-    assert adrpo.policy_loss(logp, old, ref, mask, advantages, beta, average="tokens").item() == pytest.approx((sum(first) + second[0]) / 3)
+    assert adrpo.policy_loss(logp, old, ref, mask, advantages, beta, average="tokens").item() == pytest.approx(
+        (sum(first) + second[0]) / 3
+    )
 
 
-@pytest.mark.parametrize("ratio, advantage, slope", [(1.5, 1.0, 0), (1.5, -1.0, 1.5), (0.5, 1.0, -0.5), (0.5, -1.0, 0), (1.1, 1.0, -1.1), (0.9, -1.0, 0.9)])
+@pytest.mark.parametrize(
+    "ratio, advantage, slope",
+    [(1.5, 1.0, 0), (1.5, -1.0, 1.5), (0.5, 1.0, -0.5), (0.5, -1.0, 0), (1.1, 1.0, -1.1), (0.9, -1.0, 0.9)],
+)
 def test_the_clip_acts_on_both_sides_and_only_there(ratio, advantage, slope):
     logp = torch.full((1, 1), math.log(ratio), dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, 1, dtype=torch.float64)
@@ -269,7 +304,9 @@ def test_adrpo_grpo_is_grpo_with_another_beta():
     logp, old, ref, mask, advantages = tokens()
     beta = adrpo.adaptive_beta(advantages, 0.04)
     adaptive = adrpo.policy_loss(logp, old, ref, mask, advantages, beta)
-    each = [adrpo.policy_loss(*(x[i : i + 1] for x in (logp, old, ref, mask, advantages)), beta=beta[i].item()) for i in range(6)]
+    each = [
+        adrpo.policy_loss(*(x[i : i + 1] for x in (logp, old, ref, mask, advantages)), beta=beta[i].item()) for i in range(6)
+    ]
     assert adaptive.item() == pytest.approx(sum(each).item() / 6, rel=1e-12)
     assert adrpo.policy_loss(logp, old, ref, mask, torch.zeros(6), adrpo.adaptive_beta(torch.zeros(6), 0.04)).item() == pytest.approx(
         adrpo.policy_loss(logp, old, ref, mask, torch.zeros(6), 0.04).item())  # fmt: skip
@@ -316,7 +353,9 @@ def test_micro_batches_and_padding_change_nothing(average):
         for s in (slice(0, 1), slice(1, 4), slice(4, 6))
     ]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-12)
-    wider = [torch.nn.functional.pad(x, (0, 3), value=value) for x, value in ((logp, -1e9), (old, -1.0), (ref, -math.inf), (mask, 0))]
+    wider = [
+        torch.nn.functional.pad(x, (0, 3), value=value) for x, value in ((logp, -1e9), (old, -1.0), (ref, -math.inf), (mask, 0))
+    ]
     assert adrpo.policy_loss(*wider, advantages, beta, average=average).item() == pytest.approx(whole.item(), rel=1e-12)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = adrpo.policy_loss(*(x[order] for x in (logp, old, ref, mask, advantages, beta)), average=average)
@@ -337,7 +376,9 @@ def test_policy_gradients_agree_with_finite_differences(kl):
     logp, old, ref, mask, advantages = tokens()
     old = logp + 0.05 * draws(6, 5, seed=9)  # inside the clip, where the loss is smooth
     beta = draws(6, seed=8)
-    assert torch.autograd.gradcheck(lambda x: adrpo.policy_loss(x, old, ref, mask, advantages, beta, kl=kl), logp.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: adrpo.policy_loss(x, old, ref, mask, advantages, beta, kl=kl), logp.requires_grad_()
+    )
 
 
 def test_only_the_policy_gets_a_gradient_and_inputs_stay_as_they_were():
@@ -351,7 +392,11 @@ def test_only_the_policy_gets_a_gradient_and_inputs_stay_as_they_were():
 
 def test_policy_loss_refuses_what_would_broadcast():
     logp, old, ref, mask, advantages = tokens()
-    for arguments in ((logp, old[:, :1], ref, mask, advantages, 0.1), (logp, old, ref, mask, advantages[:1], 0.1), (logp, old, ref, mask, advantages, torch.ones(5))):
+    for arguments in (
+        (logp, old[:, :1], ref, mask, advantages, 0.1),
+        (logp, old, ref, mask, advantages[:1], 0.1),
+        (logp, old, ref, mask, advantages, torch.ones(5)),
+    ):
         with pytest.raises(ValueError, match="shape"):
             adrpo.policy_loss(*arguments)
     with pytest.raises(ValueError, match="average is 'batch'"):

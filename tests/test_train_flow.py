@@ -1,5 +1,6 @@
 """train_flow.py end to end on the shipped base model: learning, determinism, methods, bad input."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -132,6 +133,18 @@ def test_other_options_run(tmp_path):
     options = "--guidance 2 --ode-method heun --shift 3 --time-density noise --dtype bfloat16".split()
     values = train(tmp_path / "run", "--prompts", tmp_path / "prompts.txt", *options)
     assert set(values) == {"reward", "clip_diversity", "pixel_diversity", "w2"}  # no judge for prompts that are not the demo's
+
+
+def test_without_matplotlib_a_run_says_what_it_left_out(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest))
+    train(tmp_path / "run", "--rounds", 1)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "model"}
+    printed = capsys.readouterr().out
+    assert all(
+        f"{tmp_path / 'run' / name}: left out, matplotlib is not installed" in printed
+        for name in ("before_after.png", "curves.png")
+    )
 
 
 @pytest.mark.cuda
