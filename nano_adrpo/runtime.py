@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import math
+import resource
 import sys
 import time
 from pathlib import Path
@@ -88,6 +89,63 @@ def open_run_folder(path):
     except OSError as error:
         raise ValueError(f"--out {path}: cannot write there ({error.strerror})") from None
     return path
+
+
+class Phases:
+    """Seconds of each phase of a round and the most memory it held: on a GPU what its tensors took, else the process's peak
+    so far. For the console only: clock readings in a file would make two runs of one seed differ."""
+
+    def __init__(self, device):
+        self.cuda, self.spent = torch.device(device).type == "cuda", {}
+
+    @contextlib.contextmanager
+    def __call__(self, name):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.monotonic()
+        yield
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds, memory = self.spent.get(name, (0.0, 0))
+        self.spent[name] = seconds + time.monotonic() - start, max(memory, self.peak())
+
+    def peak(self):
+        """Bytes."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def take(self):
+        """-> one line about every phase since the last call."""
+        line = "  ".join(f"{name} {seconds:.2f} s {memory / 2**30:.1f} GiB" for name, (seconds, memory) in self.spent.items())
+        self.spent = {}
+        return line
+
+
+class MovingAverage:
+    """The exponential moving average of parameters, in their own dtype: after each step, average = decay·average +
+    (1 − decay)·parameter. Decay 0 keeps none, and costs nothing."""
+
+    def __init__(self, parameters, decay):
+        self.decay, self.parameters = decay, [p for p in parameters if p.requires_grad] if decay else []
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self):
+        for average, parameter in zip(self.average, self.parameters):
+            average.lerp_(parameter, 1 - self.decay)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Inside, the model has the average for its weights."""
+        current = [p.data for p in self.parameters]
+        try:
+            for parameter, average in zip(self.parameters, self.average):
+                parameter.data = average
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, current):
+                parameter.data = data
 
 
 class Log:
