@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nano_adrpo import weights
+from nano_adrpo import runtime, weights
 
 # The attention's projections: of both streams of a flow transformer (and of SD3.5-medium's second attention); of a decoder.
 MMDIT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -69,7 +69,7 @@ class Adapted(nn.Linear):
         if not self.enabled:
             return y
         down, up = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)  # their gradients are float32 again
-        return y + F.linear(self.scale * F.linear(x, down), up)
+        return y + F.linear(F.linear(x, down), up) * self.scale  # in PEFT's order, so that no rounding differs
 
     def attach(self, config, down, up):
         """down [rank, in], up [out, rank], of any device and dtype."""
@@ -189,7 +189,9 @@ def load(model, folder):
     if (start := values.get("init_lora_weights", True)) not in INITIALISATIONS:
         raise ValueError(f"{where}: 'init_lora_weights' is {start!r}, which changes the base's weights and is not implemented")
     config = weights.parse_config(Config, values, where)
-    file, layers = weights.Checkpoint(folder, "adapter_model"), targeted(model, config.target_modules)
+    file = weights.Checkpoint(folder, "adapter_model")
+    with runtime.about(where):
+        layers = targeted(model, config.target_modules)
     expected = {}
     for name, layer in layers.items():
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, layer.in_features)

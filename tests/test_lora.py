@@ -403,6 +403,13 @@ def test_an_adapter_of_another_model_is_refused(folder, device):
     refused(base("decoder"), folder, "has no counterpart in Decoder")
 
 
+def test_an_adapter_on_the_head_is_refused_with_its_file(tmp_path):
+    lora.save(adapt(base("decoder"), "decoder"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    weights.write_json(tmp_path / "adapter_config.json", config | {"target_modules": ["q_proj", "lm_head"]})
+    refused(base("decoder"), tmp_path, "adapter_config.json: 'lm_head' can have no adapter")
+
+
 def test_damaged_and_missing_files_are_refused(folder):
     tensors, config = load_file(folder / FILE), (folder / "adapter_config.json").read_text()
     key = "base_model.model.transformer_blocks.1.attn.to_q.lora_B.weight"
