@@ -2,15 +2,17 @@
 
     python train_grpo.py                                             # the arithmetic demo, on the CPU
     python train_grpo.py --method grpo --out runs/grpo               # the baseline: the same loss, β0 instead of β0 − A
+    python train_grpo.py --lora-rank 8 --lora-alpha 16 --lr 5e-3 --out runs/lora   # low-rank adapters on a frozen model
     python train_grpo.py --model QWEN_FOLDER --problems train.jsonl --held-out test.jsonl --max-new-tokens 512 --lr 1e-6 \\
         --device cuda --dtype bfloat16 --micro-batch 8 --gradient-checkpointing --out runs/qwen
 
 One round: draw problems, sample a group of completions for each, reward them, turn rewards into advantages, score the tokens
 under the policy that sampled them and under the reference, take clipped policy-gradient steps, log. The reference is a frozen
-copy of the policy at the start. Written to --out: config.json, metrics.jsonl, samples.txt, model/ (transformers' layout) and,
-with matplotlib, curves.png.
+copy of the policy at the start or, with --lora-rank, the policy with its adapters off. Written to --out: config.json,
+metrics.jsonl, samples.txt, model/ (transformers' layout) or adapter/ (PEFT's) and, with matplotlib, curves.png.
 """
 
+import contextlib
 import copy
 import json
 import time
@@ -18,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from nano_adrpo import adrpo, chat, metrics, plots, rewards_text, runtime, weights
+from nano_adrpo import adrpo, chat, lora, metrics, plots, rewards_text, runtime, weights
 from nano_adrpo.demo import arithmetic
 from nano_adrpo.models.decoder import Decoder, RewardModel
 from nano_adrpo.runtime import positive
@@ -49,6 +51,9 @@ def parse(argv=None):
     add("--lr-end", type=positive(float, zero=True), default=0.0, help="its share at the end; a straight fall from half-way")
     add("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
     add("--gradient-checkpointing", action="store_true", help="keep block inputs only and recompute the rest: less memory")
+    add("--lora-rank", type=positive(int, zero=True), default=0, help="rank of adapters to train; 0 trains all weights")
+    add("--lora-alpha", type=positive(float), help="the adapters' strength is alpha / rank; default the rank")
+    add("--lora-targets", nargs="+", help="names of layers to adapt; default " + " ".join(lora.DECODER_TARGETS))
     add = parser.add_argument_group("inputs").add_argument
     add("--model", default=str(arithmetic.HERE / "arithmetic_base"), help="Qwen2, Qwen2.5, Qwen3, Llama or Gemma folder")
     add("--problems", help='JSON lines of GSM8K\'s format ("question", "answer" with "#### number"); default the demo\'s')
@@ -58,9 +63,9 @@ def parse(argv=None):
     add("--format-reward", type=positive(float, zero=True), default=0.0, help="for an answer in \\boxed{} or after ####")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/grpo", help="new or empty folder for the run's files")
-    add("--seed", type=int, default=0, help="of problems, samples and minibatches")
+    add("--seed", type=int, default=0, help="of adapters, problems, samples and minibatches")
     add("--device", type=runtime.device, default="cpu", help="torch device")
-    add("--dtype", choices=tuple(runtime.DTYPES), default="float32", help="of forward passes; weights stay float32")
+    add("--dtype", choices=tuple(runtime.DTYPES), default="float32", help="of forward passes; what is trained stays float32")
     add("--eval-every", type=positive(int), default=22, help="rounds between evaluations, with a checkpoint each")
     add("--eval-samples", type=positive(int), default=8, help="completions per held-out problem in an evaluation")
     add("--eval-batch", type=positive(int), default=1024, help="completions sampled at a time in an evaluation")
@@ -82,6 +87,11 @@ def parse(argv=None):
         raise ValueError("--problems and --held-out: expected both or neither")
     if args.eval_top_p > 1:
         raise ValueError(f"--eval-top-p {args.eval_top_p}: expected at most 1")
+    if not args.lora_rank and (args.lora_alpha or args.lora_targets):
+        raise ValueError("--lora-alpha and --lora-targets: expected only with --lora-rank")
+    if args.lora_rank:
+        args.lora_alpha = args.lora_alpha or args.lora_rank
+        args.lora_targets = args.lora_targets or list(lora.DECODER_TARGETS)
     args.a_min = -args.beta0 if args.a_min is None else args.a_min
     args.a_max = args.beta0 if args.a_max is None else args.a_max
     adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
@@ -107,7 +117,8 @@ class Run:
         data = arithmetic.HERE / "arithmetic_data"
         files = args.problems or data / "train.jsonl", args.held_out or data / "held_out.jsonl"
         self.problems, self.held_out = map(rewards_text.read_problems, files)
-        self.policy = Decoder.from_pretrained(args.model, torch.float32, args.device)
+        dtype = runtime.DTYPES[args.dtype] if args.lora_rank else torch.float32  # weights that are trained are float32
+        self.policy = Decoder.from_pretrained(args.model, dtype, args.device)
         with runtime.about(f"--model {args.model}"):
             self.tokenizer, self.eos = chat.tokenizer_of(self.policy), chat.stop_ids(self.policy)
             self.template = chat.template_of(self.policy)
@@ -119,7 +130,12 @@ class Run:
                     chat.tokenizer_of(self.reward_model),
                     chat.template_of(self.reward_model),
                 )
-        self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        self.draws = torch.Generator().manual_seed(args.seed)  # of adapters, problems and minibatches
+        if args.lora_rank:
+            with runtime.about("--lora-targets"):
+                lora.add(self.policy, args.lora_targets, args.lora_rank, args.lora_alpha, self.draws)
+        else:
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False)
         self.policy.model.gradient_checkpointing = args.gradient_checkpointing
         for file, problems in zip(files, (self.problems, self.held_out)):
             with runtime.about(f"{file}, --max-prompt-tokens {args.max_prompt_tokens}"):
@@ -127,12 +143,12 @@ class Run:
             if longest + args.max_new_tokens > limit:
                 behind = f"--max-new-tokens {args.max_new_tokens} behind a prompt of {longest}"
                 raise ValueError(f"{file}: {behind} exceeds the model's {limit} positions")
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
         half = args.rounds / 2
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: 1 - (1 - args.lr_end) * max(0.0, (step - half) / half)
         )
-        self.draws = torch.Generator().manual_seed(args.seed)  # of problems and minibatches
         self.generator = torch.Generator(args.device).manual_seed(args.seed)  # of tokens
 
     def encode(self, problems):
@@ -192,12 +208,17 @@ class Run:
         with self.autocast():
             return model.token_logprobs(rollout.ids[rows], rollout.seen[rows], start, temperature, entropy)
 
+    def as_reference(self):
+        """`with run.as_reference() as model:` is the policy at the start."""
+        return lora.disabled(self.policy) if self.args.lora_rank else contextlib.nullcontext(self.reference)
+
     @torch.no_grad()
     def score_all(self, rollout, temperature=None):
         """-> the policy's log-probabilities, the reference's, the policy's entropies, each [N, C]."""
         parts = torch.arange(len(rollout.ids), device=rollout.ids.device).split(self.args.micro_batch)
         policy = [self.score(self.policy, rollout, rows, temperature, entropy=True) for rows in parts]
-        reference = [self.score(self.reference, rollout, rows, temperature) for rows in parts]
+        with self.as_reference() as model:
+            reference = [self.score(model, rollout, rows, temperature) for rows in parts]
         return torch.cat([logp for logp, _ in policy]), torch.cat(reference), torch.cat([entropy for _, entropy in policy])
 
     def update(self, rollout):
@@ -267,6 +288,14 @@ class Run:
             values["style_entropy"] = metrics.entropy(torch.tensor([right.count(style) for style in arithmetic.VALID]))
         return values, [f"{p.question}\n{text}\n" for p, text in zip(problems[::size][:8], texts[::size][:8])]
 
+    def save(self, out):
+        """Writes what was trained. -> its folder"""
+        if self.args.lora_rank:
+            lora.save(self.policy, out / "adapter")
+            return out / "adapter"
+        self.policy.save_pretrained(out / "model")
+        return out / "model"
+
 
 def kl_means(logp, ref_logp):
     return {f"kl_{kind}": adrpo.kl_divergence(logp, ref_logp, kind).mean().item() for kind in ("k1", "k3")}
@@ -301,8 +330,7 @@ def main(argv=None):
                 )
             if step % args.eval_every == 0 or step == args.rounds:
                 values["eval"], samples = run.evaluate()
-                run.policy.save_pretrained(out / "model")
-                saved = f"{out / 'model'} (round {step})"
+                saved = f"{run.save(out)} (round {step})"
                 write_samples(out, step, samples)
         log.write(step, values, speed)
 

@@ -123,14 +123,17 @@ def load(model, checkpoint, dtype=None, device=None, convert=lambda key, read: {
     return model.eval()
 
 
-def save(file, tensors):
-    """Writes {name: tensor} as one safetensors file, whole or not at all."""
+def save(file, tensors, label=("format", "pt")):
+    """Writes {name: tensor} as one safetensors file, whole or not at all. label: a name and a text for the file's header; one,
+    because safetensors writes several in an order of chance."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    _replace(file, lambda temporary: save_file(tensors, temporary, metadata=dict([label])))
 
 
 def save_model(folder, model, config, stem="model"):
-    """Writes a model folder: config.json and STEM.safetensors."""
+    """Writes a model folder: config.json and STEM.safetensors. Raises ValueError for a model that has adapters (lora.py)."""
+    if any(".lora_A." in name for name in model.state_dict()):
+        raise ValueError(f"{folder}: the model has adapters; save them with lora.save, or lora.merge them before it is saved")
     Path(folder).mkdir(parents=True, exist_ok=True)
     save(Path(folder) / f"{stem}.safetensors", model.state_dict())
     write_json(Path(folder) / "config.json", config)

@@ -13,7 +13,7 @@ import train_grpo
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from nano_adrpo import compare, rewards_text, runtime, weights
+from nano_adrpo import compare, lora, rewards_text, runtime, weights
 from nano_adrpo.demo import arithmetic
 from nano_adrpo.models.decoder import Config, Decoder, RewardModel
 
@@ -171,8 +171,18 @@ def test_the_main_job_learns(tmp_path, seed):
     assert lines(tmp_path / "run")[0]["eval"]["pass@1"] < 0.4 and values["pass@1"] >= 0.95
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_main_job_learns_with_adapters_too(tmp_path, seed):
+    options = ["--lora-rank", "8", "--lora-alpha", "16", "--lr", "5e-3", "--seed", str(seed)]
+    assert train_grpo.main(["--out", str(tmp_path / "run"), *options])["pass@1"] >= 0.93
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16", "--gradient-checkpointing", "--micro-batch", 4]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--dtype", "bfloat16", "--gradient-checkpointing", "--micro-batch", 4], ["--dtype", "bfloat16", "--lora-rank", 8]],
+)
 def test_a_run_on_cuda(tmp_path, options):
     cpu, cuda = (train(tmp_path / device, "--device", device, "--eval-samples", 8, *options) for device in ("cpu", "cuda"))
     # Generators differ between devices. 2,048 attempts of each: a difference of 0.09 is six standard errors.
@@ -214,6 +224,49 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     for name, options in (("plain", []), ("checkpointed", ["--gradient-checkpointing"])):
         train(tmp_path / name, "--rounds", 2, *options)
     assert lines(tmp_path / "plain") == lines(tmp_path / "checkpointed")
+
+
+def test_a_run_with_adapters(tmp_path):
+    options = ["--lora-rank", 4, "--lora-alpha", 8, "--lora-targets", "q_proj", "v_proj", "mlp.down_proj", "--lr", 3e-3]
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tmp_path / name, *options, "--seed", seed)
+    written = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert {path.parts[0] for path in written} == {"config.json", "metrics.jsonl", "samples.txt", "adapter", "curves.png"}
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in written)
+    rows = lines(tmp_path / "a")
+    assert rows[0]["eval"]["kl_k1"] == rows[0]["eval"]["kl_k3"] == rows[1]["kl_k1"] == rows[1]["kl_k3"] == 0
+    assert rows[3]["kl_k3"] > 0 and rows[3]["eval"]["kl_k3"] > 0 and rows != lines(tmp_path / "c")
+    policy = Decoder.from_pretrained(BASE)
+    lora.load(policy, tmp_path / "a" / "adapter")
+    config = json.loads((tmp_path / "a" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ["q_proj", "v_proj", "mlp.down_proj"])
+    # The file holds the policy of the last evaluation.
+    run, problems = start(*options)
+    rollout = run.roll_out(problems, run.generator)
+    run.policy = policy
+    logp, ref_logp, _ = run.score_all(rollout)
+    assert not torch.equal(logp, ref_logp)
+    base = Decoder.from_pretrained(BASE)
+    with torch.no_grad():
+        assert torch.equal(ref_logp, run.score(base, rollout, torch.arange(16)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_train_in_float32_on_a_base_that_stays(dtype):
+    run, problems = start("--lora-rank", 8, "--dtype", dtype, "--gradient-checkpointing", "--micro-batch", 8)
+    base = Decoder.from_pretrained(BASE, getattr(torch, dtype)).state_dict()
+    before = {name: tensor.clone() for name, tensor in run.policy.state_dict().items()}
+    assert not hasattr(run, "reference")  # no second copy
+    logged = run.update(run.roll_out(problems, run.generator))
+    assert logged["kl_k1"] == logged["kl_k3"] == 0 < logged["grad_norm"]
+    after = run.policy.state_dict()
+    assert base.keys() == {name for name in after if ".lora_" not in name}
+    assert all(torch.equal(after[name], base[name]) and after[name].dtype == base[name].dtype for name in base)
+    # At the first step B is 0, so A's gradient is too.
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {n for n in after if ".lora_B" in n}
+    trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    assert {p.dtype for p in trained} == {torch.float32} and len(trained) == sum(".lora_" in name for name in after)
+    assert {name.split(".")[-3] for name in after if ".lora_" in name} == set(lora.DECODER_TARGETS)
 
 
 def reward_folder(path, *tokens, **files):
@@ -331,6 +384,11 @@ def refused(capsys, *argv):
         (["--micro-batch", 5], "--micro-batch 5 does not divide the 16 completions of a minibatch"),
         (["--minibatches", 2, "--micro-batch", 16], "--micro-batch 16 does not divide the 8 completions of a"),
         (["--a-min", 2, "--a-max", 1], "the advantage's range is [2.0, 1.0]; expected A_min ≤ A_max"),
+        (["--lora-rank", -1], "argument --lora-rank: -1 is not a positive number or 0"),
+        (["--lora-alpha", 8], "--lora-alpha and --lora-targets: expected only with --lora-rank"),
+        (["--lora-targets", "q_proj"], "--lora-alpha and --lora-targets: expected only with --lora-rank"),
+        (["--lora-rank", 8, "--lora-alpha", 0], "argument --lora-alpha: 0 is not a positive number"),
+        (["--lora-rank", 8, "--lora-targets", "q"], "--lora-targets: Decoder has no linear layer whose name ends in 'q'"),
         (["--device", "tpu9"], "argument --device: device 'tpu9' is not available"),
         (["--problems", "p.jsonl"], "--problems and --held-out: expected both or neither"),
         (["--held-out", "p.jsonl"], "--problems and --held-out: expected both or neither"),

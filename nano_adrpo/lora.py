@@ -1,0 +1,209 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) on linear layers: y = W·x + b + (alpha / rank) · B·(A·x).
+
+  * A [rank, in] is random at the start and B [out, rank] zero, so that an untrained adapter changes nothing
+  * only A and B are trained, in float32; W and b are frozen and may be in half precision, and the products are in the input's
+  * with its adapters off the model is the base, bit for bit: the reference needs no second copy of the weights
+
+Files are PEFT's: adapter_config.json and adapter_model.safetensors. Layer names here are those of diffusers and transformers,
+so adapters go to and fro.
+
+    lora.add(policy, lora.MMDIT_TARGETS, rank=32, alpha=32, generator=generator)
+    optimizer = torch.optim.AdamW(p for p in policy.parameters() if p.requires_grad)
+    with torch.no_grad(), lora.disabled(policy) as reference:
+        v_ref = reference(latents, sigma, context, pooled)
+    lora.save(policy, "adapter")
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nano_adrpo import runtime, weights
+
+# The attention's projections: of both streams of a flow transformer (and of SD3.5-medium's second attention); of a decoder.
+MMDIT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+PREFIX, PARTS = "base_model.model.", ("lora_A", "lora_B")  # PEFT wraps a model in two more, and its files' keys say so
+
+# Keys of adapter_config.json that, if set, change what the model computes in ways not implemented here.
+UNSUPPORTED = (
+    "use_dora", "use_rslora", "bias", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "layer_replication", "exclude_modules", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")  # the others start by changing the base's weights
+
+
+@dataclasses.dataclass
+class Config:
+    """What all adapters of a model have in common, under the names of PEFT's adapter_config.json."""
+
+    r: int
+    lora_alpha: float
+    target_modules: list
+
+    def __post_init__(self):
+        targets = self.target_modules
+        if not isinstance(targets, list | tuple) or not targets or not all(isinstance(target, str) for target in targets):
+            raise ValueError(f"the adapter's targets are {targets!r}; expected a list of layer names such as 'to_q'")
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"the adapter's rank is {self.r}; expected a whole number from 1 up")
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"the adapter's alpha is {self.lora_alpha}; expected a positive number")
+        self.target_modules = list(targets)
+
+
+class Adapted(nn.Linear):
+    """A linear layer with an adapter. A plain layer becomes one and becomes plain again by a change of its class, in place:
+    whoever holds the layer keeps it, and its weight and bias keep their names beside `lora_A.weight` and `lora_B.weight`."""
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        down, up = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)  # their gradients are float32 again
+        return y + F.linear(F.linear(x, down), up) * self.scale  # in PEFT's order, so that no rounding differs
+
+    def attach(self, config, down, up):
+        """down [rank, in], up [out, rank], of any device and dtype."""
+        self.__class__, self.config, self.scale, self.enabled = Adapted, config, config.lora_alpha / config.r, True
+        for name, matrix in zip(PARTS, (down, up)):
+            layer = nn.Linear(*reversed(matrix.shape), bias=False, device="meta")
+            layer.weight = nn.Parameter(matrix.to(self.weight.device, torch.float32))
+            setattr(self, name, layer)
+
+    def detach(self):
+        del self.config, self.scale, self.enabled, self.lora_A, self.lora_B
+        self.__class__ = nn.Linear
+
+
+def named(model, kind):
+    """{public name: layer} of a model's layers of exactly this class; torch.compile's wrapper is no part of a name."""
+    return {name.replace("_orig_mod.", ""): layer for name, layer in model.named_modules() if type(layer) is kind}
+
+
+def targeted(model, targets):
+    """{name: layer} of the plain linear layers that `targets` names. Raises ValueError for a model that has adapters."""
+    if named(model, Adapted):
+        raise ValueError(f"this {type(model).__name__} has adapters already; merge them before others are added")
+    layers = named(model, nn.Linear)
+    chosen = {name: layer for name, layer in layers.items() if any(f".{name}".endswith(f".{target}") for target in targets)}
+    if "lm_head" in chosen:
+        raise ValueError("'lm_head' can have no adapter: Decoder.token_logprobs reads its weight, not its output")
+    return chosen
+
+
+def adapted(model):
+    """{name: layer} of the layers with adapters. Raises ValueError where there is none."""
+    layers = named(model, Adapted)
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no adapters")
+    return layers
+
+
+def add(model, targets, rank, alpha, generator=None):
+    """Puts adapters on the linear layers whose name is a target or ends in one ("to_q" is in "attn.to_q", not in "xto_q"), and
+    leaves only them trainable. A is drawn from U(±1/√in), as PEFT and nn.Linear do, on the generator's device.
+
+    Raises ValueError for a model that has adapters, a target that names no linear layer, a rank below 1, an alpha not above 0.
+    """
+    config, layers = Config(rank, alpha, targets), targeted(model, targets)
+    for target in config.target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise ValueError(f"{type(model).__name__} has no linear layer whose name ends in '{target}'")
+    model.requires_grad_(False)
+    for layer in layers.values():
+        device, bound = generator.device if generator else layer.weight.device, layer.in_features**-0.5
+        down = torch.empty(rank, layer.in_features, device=device, dtype=torch.float32)
+        up = torch.zeros(layer.out_features, rank, device=device)
+        Adapted.attach(layer, config, down.uniform_(-bound, bound, generator=generator), up)
+
+
+@contextlib.contextmanager
+def disabled(model):
+    """Inside, the model is its base, bit for bit; the context's value is the model. For use under no_grad: a backward pass with
+    gradient checkpointing computes blocks again, and must find the adapters as the forward pass did."""
+    layers = list(adapted(model).values())
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.enabled = enabled
+
+
+@torch.no_grad()
+def merge(model):
+    """Adds each (alpha / rank)·B·A to its weight and leaves a plain model, all of it frozen. The sum is rounded to the weight's
+    dtype: in bfloat16 a change below 1/256 of a weight may be lost, which adapters that are on keep."""
+    for layer in adapted(model).values():
+        wide = torch.promote_types(layer.weight.dtype, torch.float32)
+        change = layer.scale * (layer.lora_B.weight.to(wide) @ layer.lora_A.weight.to(wide))
+        layer.weight.copy_(layer.weight.to(wide) + change)
+        layer.detach()
+
+
+def save(model, folder):
+    """Writes adapter_config.json and adapter_model.safetensors (float32), which peft, transformers and diffusers open."""
+    folder, layers = Path(folder), adapted(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        **dataclasses.asdict(next(iter(layers.values())).config),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    if config["lora_alpha"] == int(config["lora_alpha"]):
+        config["lora_alpha"] = int(config["lora_alpha"])  # what PEFT declares it to be
+    # diffusers reads no adapter_config.json but looks into the file's header, and without it would take alpha to be the rank.
+    header = {PREFIX + key: config[key] for key in ("r", "lora_alpha", "target_modules")}
+    matrices = {
+        f"{PREFIX}{name}.{part}.weight": getattr(layer, part).weight for name, layer in layers.items() for part in PARTS
+    }
+    weights.save(folder / "adapter_model.safetensors", matrices, ("lora_adapter_metadata", json.dumps(header)))
+    weights.write_json(folder / "adapter_config.json", config)
+
+
+def load(model, folder):
+    """Adds the adapters of a PEFT folder; only they are trainable then. PEFT's dropout, a matter of training, is not applied.
+
+    Raises ValueError naming the file and the key, with the model as it was, for an adapter of another model or of another kind.
+    """
+    where = Path(folder) / "adapter_config.json"
+    values = weights.read_json(where)
+    if values.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: 'peft_type' is {values.get('peft_type')!r}; expected 'LORA'")
+    for key in UNSUPPORTED:
+        value = values.get(key)
+        if not (value is None or value is False or value in ([], {}, "none")):
+            raise ValueError(f"{where}: '{key}' is {value!r}, which is not implemented")
+    if (start := values.get("init_lora_weights", True)) not in INITIALISATIONS:
+        raise ValueError(f"{where}: 'init_lora_weights' is {start!r}, which changes the base's weights and is not implemented")
+    config = weights.parse_config(Config, values, where)
+    file = weights.Checkpoint(folder, "adapter_model")
+    with runtime.about(where):
+        layers = targeted(model, config.target_modules)
+    expected = {}
+    for name, layer in layers.items():
+        expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, layer.in_features)
+        expected[f"{PREFIX}{name}.lora_B.weight"] = (layer.out_features, config.r)
+    for key, shape in file.shapes.items():
+        if key not in expected:
+            raise ValueError(f"{file.home[key]}: key '{key}' has no counterpart in {type(model).__name__}")
+        if shape != expected[key]:
+            raise ValueError(f"{file.home[key]}: key '{key}' has shape {list(shape)}; expected {list(expected[key])}")
+    if missing := [key for key in expected if key not in file.home]:
+        raise ValueError(f"{file.path}: key '{missing[0]}' is missing ({len(missing)} of {len(expected)} keys are)")
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        down, up = (file.read(f"{PREFIX}{name}.{part}.weight", layer.weight.device) for part in PARTS)
+        Adapted.attach(layer, config, down, up)

@@ -1,0 +1,158 @@
+"""Adapters to and from peft, transformers and diffusers: the same outputs, the same number of parameters (extra `parity`)."""
+
+import pytest
+import tiny
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import train_grpo
+from nano_adrpo import lora
+from nano_adrpo.demo import arithmetic
+from nano_adrpo.models.decoder import Decoder
+from nano_adrpo.models.mmdit import Config, MMDiT
+
+KINDS = ["sd3-medium", "sd3.5-medium", "qwen3"]
+QWEN3 = Qwen3Config(
+    vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, max_position_embeddings=64, tie_word_embeddings=True,
+)  # fmt: skip
+IDS = torch.tensor([[1, 5, 9, 2, 7, 3], [4, 4, 8, 6, 0, 11]])
+TARGETS = {kind: lora.DECODER_TARGETS if kind == "qwen3" else lora.MMDIT_TARGETS for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def models(tmp_path, kind):
+    """Calls that open one base model, as theirs and as ours."""
+    theirs = Qwen3ForCausalLM(QWEN3) if kind == "qwen3" else SD3Transformer2DModel(**tiny.MMDIT_STYLES[kind])
+    tiny.fill(theirs).save_pretrained(tmp_path / "base")
+    ours = Decoder if kind == "qwen3" else MMDiT
+    return (
+        lambda **options: type(theirs).from_pretrained(tmp_path / "base", **options),
+        lambda **options: ours.from_pretrained(tmp_path / "base", **options),
+    )
+
+
+@torch.no_grad()
+def output(model):
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(inner, Decoder):
+        return model(IDS)
+    if isinstance(inner, Qwen3ForCausalLM):
+        return model(input_ids=IDS).logits
+    latents, sigma, context, pooled = tiny.mmdit_inputs()
+    latents, context, pooled = (x.to(inner.proj_out.weight.dtype) for x in (latents, context, pooled))
+    if isinstance(inner, MMDiT):
+        return model(latents, sigma, context, pooled)
+    return model(latents, context, pooled, 1000 * sigma).sample
+
+
+def adapted(model, targets, rank=4, alpha=6.0):
+    """Ours, with adapters of which no matrix is zero."""
+    generator = torch.Generator().manual_seed(0)
+    lora.add(model, targets, rank, alpha, generator)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def theirs_adapted(model, **options):
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(init_lora_weights=False, **options)).eval()
+
+
+@pytest.mark.parametrize("rank, alpha", [(4, 4), (3, 6)])
+def test_pefts_adapter_opens_here(tmp_path, kind, models, rank, alpha):
+    theirs = theirs_adapted(models[0](), r=rank, lora_alpha=alpha, lora_dropout=0.1, target_modules=list(TARGETS[kind]))
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = models[1]()
+    lora.load(ours, tmp_path / "adapter")
+    expected, base = output(theirs), output(models[1]())
+    assert (output(ours) - expected).abs().max() < 1e-5 < 0.1 < (expected - base).abs().max()
+    trained, _ = theirs.get_nb_trainable_parameters()
+    assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == trained
+    merged = theirs.merge_and_unload()
+    lora.merge(ours)
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, merged.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+def test_our_adapter_opens_in_peft(tmp_path, kind, models):
+    ours = adapted(models[1](), TARGETS[kind])
+    lora.save(ours, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(models[0](), tmp_path / "adapter").eval()
+    expected = output(ours)
+    assert (output(theirs) - expected).abs().max() < 1e-5
+    with theirs.disable_adapter(), lora.disabled(ours):
+        assert (output(theirs) - output(ours)).abs().max() < 1e-5 < 0.1 < (output(ours) - expected).abs().max()
+
+
+def test_our_adapter_opens_in_diffusers_and_transformers_themselves(tmp_path, kind, models):
+    ours, theirs = adapted(models[1](), TARGETS[kind]), models[0]()
+    lora.save(ours, tmp_path / "adapter")
+    if kind == "qwen3":
+        theirs.load_adapter(str(tmp_path / "adapter"))
+    else:
+        theirs.load_lora_adapter(tmp_path / "adapter", prefix="base_model.model", weight_name="adapter_model.safetensors")
+    assert (output(theirs) - output(ours)).abs().max() < 1e-5  # alpha is not the rank, so it has been read
+
+
+def test_bfloat16_bases_agree(tmp_path, kind, models):
+    # peft multiplies in float32, ours in bfloat16, as autocast would: the difference is bfloat16's.
+    ours = adapted(models[1](dtype=torch.bfloat16), TARGETS[kind])
+    lora.save(ours, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(models[0](torch_dtype=torch.bfloat16), tmp_path / "adapter").eval()
+    expected, exact = output(theirs), output(adapted(models[1](dtype=torch.float32), TARGETS[kind]))
+    difference, rounding = ((output(ours).float() - x.float()).norm() / exact.norm() for x in (expected, exact))
+    assert difference < 0.05 and rounding < 0.05
+
+
+def test_gradients_agree(tmp_path, kind, models):
+    theirs = theirs_adapted(models[0](), r=3, lora_alpha=6, target_modules=list(TARGETS[kind]))
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = models[1]()
+    lora.load(ours, tmp_path / "adapter")
+    call = output.__wrapped__  # with gradients
+    for model in (theirs, ours):
+        call(model).square().mean().backward()
+    expected = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[f"base_model.model.{name}"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [lora.MMDIT_TARGETS, ["attn.to_q", "ff.net.2"], ["proj_out", "linear", "net.0.proj"]])
+def test_full_size_adapters_are_of_the_same_names_and_shapes(targets):
+    # SD3-medium. Ends of names, names in full, and names with layers of several kinds.
+    sizes = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
+    with torch.device("meta"):
+        theirs = get_peft_model(SD3Transformer2DModel(**sizes), LoraConfig(r=32, target_modules=list(targets)))
+        ours = MMDiT(Config(**sizes))
+    lora.add(ours, targets, 32, 32)
+    expected = {name.replace(".default", ""): p.shape for name, p in theirs.named_parameters() if p.requires_grad}
+    assert {f"base_model.model.{name}": p.shape for name, p in ours.named_parameters() if p.requires_grad} == expected
+    if targets is lora.MMDIT_TARGETS:
+        assert sum(map(torch.Size.numel, expected.values())) == 18_776_064
+
+
+def test_what_train_grpo_writes_opens_in_peft(tmp_path):
+    options = "--rounds 2 --prompts-per-round 4 --group-size 4 --eval-every 2 --eval-samples 1 --lora-rank 4 --lora-alpha 16"
+    run = train_grpo.Run(train_grpo.parse([*options.split(), "--out", str(tmp_path)]))
+    problems = [problem for problem in run.problems[:4] for _ in range(4)]
+    run.update(run.roll_out(problems, run.generator))
+    base = AutoModelForCausalLM.from_pretrained(arithmetic.HERE / "arithmetic_base")
+    theirs = PeftModel.from_pretrained(base, run.save(tmp_path)).eval()
+    with torch.no_grad():
+        assert (theirs(input_ids=IDS).logits - run.policy(IDS)).abs().max() < 1e-4
+        with lora.disabled(run.policy), theirs.disable_adapter():
+            expected = run.policy(IDS)
+            assert (theirs(input_ids=IDS).logits - expected).abs().max() < 1e-4
+        assert (run.policy(IDS) - expected).abs().max() > 1e-2
