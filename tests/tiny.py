@@ -207,3 +207,56 @@ def ldm_vae(widths=(32, 64), layers=1, seed=0, linear=False):
         if linear and ".attn_1." in name and values.dim() == 4:
             tensors[name] = values[:, :, 0, 0].contiguous()
     return tensors
+
+
+# BLIP. Heads are 64 wide in ImageReward's ViT, whose file does not tell their number.
+BLIP_TEXT = dict(
+    vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=14,
+)  # fmt: skip
+BLIP_VISION = dict(
+    hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=5, image_size=15, patch_size=5
+)
+IMAGE_REWARD_VISION = dict(
+    hidden_size=128, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2, image_size=15, patch_size=5,
+    layer_norm_eps=1e-6,
+)  # fmt: skip
+WORD_PIECES = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] ! \" # ' ( ) , - . / : ; ? [ ] _ a an cat cafe dog in paris the two un ##able ##s ##break "
+    "run ##ning 3 ##d 4 ##k naive 中 文 字 日 prompt mask sep i istanbul strasse x ##y"
+).split()
+
+
+def blip_fill(model, seed=0):
+    """`fill`, and layer norms about 1: BERT spells them LayerNorm."""
+    for name, parameter in fill(model, seed).named_parameters():
+        if name.endswith("LayerNorm.weight"):
+            parameter.data += 1
+    return model
+
+
+def blip_inputs(side=15):
+    """pixels [3, 3, side, side], ids [3, 9], and a mask that leaves 9, 5 and 2 of the tokens."""
+    generator = torch.Generator().manual_seed(7)
+    pixels, ids = torch.randn(3, 3, side, side, generator=generator), torch.randint(3, 60, (3, 9), generator=generator)
+    return pixels, ids, (torch.arange(9) < torch.tensor([[9], [5], [2]])).long()
+
+
+def to_image_reward(vision, text, mlp):
+    """transformers' BlipVisionModel and BlipTextModel tensors and a head's -> ImageReward's keys, spelt out."""
+    out = {f"blip.text_encoder.{name}": tensor for name, tensor in text.items()}
+    out |= {f"mlp.layers.{name}": tensor for name, tensor in mlp.items()}
+    vit, blocks = "blip.visual_encoder", 1 + max(int(name.split(".")[2]) for name in vision if "layers" in name)
+    out[f"{vit}.cls_token"] = vision["embeddings.class_embedding"]
+    out[f"{vit}.pos_embed"] = vision["embeddings.position_embedding"]
+    for kind in ("weight", "bias"):
+        out[f"{vit}.patch_embed.proj.{kind}"] = vision[f"embeddings.patch_embedding.{kind}"]
+        out[f"{vit}.norm.{kind}"] = vision[f"post_layernorm.{kind}"]
+        for i in range(blocks):
+            old, new = f"encoder.layers.{i}", f"{vit}.blocks.{i}"
+            out[f"{new}.norm1.{kind}"] = vision[f"{old}.layer_norm1.{kind}"]
+            out[f"{new}.norm2.{kind}"] = vision[f"{old}.layer_norm2.{kind}"]
+            out[f"{new}.attn.qkv.{kind}"] = vision[f"{old}.self_attn.qkv.{kind}"]
+            out[f"{new}.attn.proj.{kind}"] = vision[f"{old}.self_attn.projection.{kind}"]
+            out[f"{new}.mlp.fc1.{kind}"] = vision[f"{old}.mlp.fc1.{kind}"]
+            out[f"{new}.mlp.fc2.{kind}"] = vision[f"{old}.mlp.fc2.{kind}"]
+    return out
