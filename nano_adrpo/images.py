@@ -4,6 +4,7 @@ An image is a tensor [C, H, W] in [−1, 1], C = 1 (grey) or 3 (RGB); in a file 
 """
 
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _decode(content):
     expected = height * (1 + width * BYTES[colour])
     inflate = zlib.decompressobj()
     try:  # one byte beyond what is expected: enough to see that there is more, too little for a file that unpacks forever
-        pixels = inflate.decompress(chunks[b"IDAT"], expected + 1)
+        pixels = inflate.decompress(chunks[b"IDAT"], min(expected + 1, sys.maxsize))
     except zlib.error as error:
         raise ValueError(f"damaged PNG ({error})") from None
     if len(pixels) != expected or not inflate.eof:
@@ -108,7 +109,7 @@ def _unfilter(rows, depth):
     A pixel is stored as its difference from a prediction by the pixels at its left, above it and above the left one, so
     all pixels of one antidiagonal (x + y = const) depend on earlier antidiagonals only and are restored at once.
     """
-    filters, (height, width) = rows[:, 0], (len(rows), rows.shape[1] // depth)
+    filters, (height, width) = rows[:, 0], (len(rows), (rows.shape[1] - 1) // depth)
     if filters.max() > 4:
         raise ValueError(f"damaged PNG (row filter {filters.max()})")
     # One pixel of zeros before each row and one row of zeros above; int16, because predictions are not taken modulo 256.

@@ -226,7 +226,9 @@ def convert(file, out):
             break
         print(f"reading '{inside}'" + "".join(f"; left out beside it: {key}" for key in state if key != inside))
         state = state[inside]
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not any(
+        isinstance(value, torch.Tensor) for key, value in state.items() if isinstance(key, str)
+    ):
         raise ValueError(f"{file}: holds a {type(state).__name__} without named tensors; expected a dict of them")
     tensors, storages = {}, set()
     for key, value in state.items():

@@ -27,15 +27,14 @@ def png(width, height, colour, rows, depth=8, interlaced=0, before=b"", parts=1)
 def filtered(pixels, filters):
     """Rows of bytes [H][W * depth] as PNG stores them, one byte at a time, by the definitions of the specification."""
     height, width, depth = pixels.shape
-    value = lambda y, x, c: int(pixels[y, x, c]) if y >= 0 and x >= 0 else 0
-    rows = []
+    rows, value = [], np.pad(pixels.astype(int), ((1, 0), (1, 0), (0, 0)))  # zeros above and at the left
     for y, kind in enumerate(filters):
         row = [kind]
         for x in range(width):
             for c in range(depth):
-                left, above, corner = value(y, x - 1, c), value(y - 1, x, c), value(y - 1, x - 1, c)
+                left, above, corner = value[y + 1, x, c], value[y, x + 1, c], value[y, x, c]
                 paeth = min((left, above, corner), key=lambda v: abs(left + above - corner - v))  # the first of equals
-                row.append((value(y, x, c) - [0, left, above, (left + above) // 2, paeth][kind]) % 256)
+                row.append((pixels[y, x, c] - [0, left, above, (left + above) // 2, paeth][kind]) % 256)
         rows.append(bytes(row))
     return rows
 

@@ -29,7 +29,7 @@ def tensor(pixels):
 @pytest.mark.parametrize("size", [(1, 1), (37, 53), (64, 5), (1, 40)])
 def test_pillows_files_are_read(tmp_path, mode, size):
     pixels = picture(*size, MODES[mode])
-    Image.fromarray(pixels.squeeze(-1) if mode == "L" else pixels, mode).save(tmp_path / "x.png")
+    Image.fromarray(pixels.squeeze(-1) if mode == "L" else pixels).save(tmp_path / "x.png")
     assert torch.equal(images.read_png(tmp_path / "x.png"), tensor(pixels[..., : 1 if mode[0] == "L" else 3]))
 
 
@@ -47,7 +47,8 @@ def test_our_files_are_read_by_pillow(tmp_path, mode):
         assert opened.mode == mode and np.array_equal(np.asarray(opened).reshape(pixels.shape), pixels)
 
 
-# Mean and largest difference, in units of one of 256 levels. PIL rounds to 8 bits after each of its two passes, ours not at all.
+# Differences in units of one of 256 levels. Pillow rounds and clips to 8 bits after each of its two passes, we clip once at
+# the end: measured mean 0.32 and largest 2.6; with nothing to resize there is nothing to round.
 SIZES = [(64, 64), (51, 77), (200, 131), (333, 500), (65, 64), (40, 40), (17, 23), (64, 301)]
 
 
@@ -66,5 +67,5 @@ def test_a_models_pixels_are_the_processors(family, height, width, channels):
     ours = images.preprocess(batch, 64, processor.image_mean, processor.image_std, crop=family == "clip")
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     levels = (ours - theirs).abs() * torch.tensor(processor.image_std)[:, None, None] * 255
-    print(f"{family} {height} x {width}: mean {levels.mean():.3f}, max {levels.max():.3f} levels")
-    assert levels.mean() < 0.5 and levels.max() < 2
+    same = (height, width) == (64, 64)
+    assert levels.mean() < (1e-4 if same else 0.4) and levels.max() < (1e-3 if same else 3)
