@@ -205,3 +205,80 @@ AWKWARD = [
     "ﬁ ligature Å \u212b",
     "a\x00b\x7f", "the " * 100, "  <|endoftext|>  !  x", "<pad> </s> [CLS]",
 ]  # fmt: skip
+
+
+VAE = dict(block_out_channels=(32, 64), layers_per_block=1, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)
+VAE_STYLES = {
+    "two-stages": VAE,
+    "one-stage": VAE | dict(block_out_channels=(32,), layers_per_block=2),
+    "four-stages": VAE | dict(block_out_channels=(32, 64, 96, 96), layers_per_block=2),
+    "few-groups": VAE | dict(block_out_channels=(8, 12, 12), norm_num_groups=4, latent_channels=3, shift_factor=None),
+    "no-attention": VAE | dict(mid_block_add_attention=False),
+}
+
+
+def vae_config(sizes):
+    """The config.json that diffusers' AutoencoderKL writes for these sizes of an SD3 autoencoder."""
+    stages = len(sizes["block_out_channels"])
+    config = dict(_class_name="AutoencoderKL", act_fn="silu", use_quant_conv=False, use_post_quant_conv=False)
+    config |= dict(down_block_types=["DownEncoderBlock2D"] * stages, up_block_types=["UpDecoderBlock2D"] * stages)
+    return config | sizes
+
+
+def images(height=16, width=24, count=2):
+    return 2 * torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(7)) - 1
+
+
+def vae_latents(channels=16, height=3, width=5, count=2):
+    return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(8))
+
+
+def ldm_vae_shapes(widths=(128, 256, 512, 512), layers=2, latent=16):
+    """Key -> shape of Stability's autoencoder file, spelt out from latent diffusion's Encoder and Decoder modules."""
+    shapes, top = {}, len(widths) - 1
+
+    def conv(name, dim_in, dim, kernel=3):
+        shapes.update({f"{name}.weight": (dim, dim_in, kernel, kernel), f"{name}.bias": (dim,)})
+
+    def norm(name, dim):
+        shapes.update({f"{name}.weight": (dim,), f"{name}.bias": (dim,)})
+
+    def block(name, dim_in, dim):
+        norm(f"{name}.norm1", dim_in)
+        conv(f"{name}.conv1", dim_in, dim)
+        norm(f"{name}.norm2", dim)
+        conv(f"{name}.conv2", dim, dim)
+        if dim_in != dim:
+            conv(f"{name}.nin_shortcut", dim_in, dim, 1)
+
+    for side, first, out in (("encoder", 3, 2 * latent), ("decoder", latent, 3)):
+        wide, last = widths[top], widths[top] if side == "encoder" else widths[0]
+        conv(f"{side}.conv_in", first, widths[0] if side == "encoder" else wide)
+        block(f"{side}.mid.block_1", wide, wide)
+        norm(f"{side}.mid.attn_1.norm", wide)
+        for part in ("q", "k", "v", "proj_out"):
+            conv(f"{side}.mid.attn_1.{part}", wide, wide, 1)
+        block(f"{side}.mid.block_2", wide, wide)
+        norm(f"{side}.norm_out", last)
+        conv(f"{side}.conv_out", last, out)
+    for i in range(top + 1):
+        for j in range(layers):
+            block(f"encoder.down.{i}.block.{j}", widths[max(i - 1, 0)] if j == 0 else widths[i], widths[i])
+        for j in range(layers + 1):
+            block(f"decoder.up.{i}.block.{j}", widths[min(i + 1, top)] if j == 0 else widths[i], widths[i])
+        if i < top:
+            conv(f"encoder.down.{i}.downsample.conv", widths[i], widths[i])
+        if i > 0:
+            conv(f"decoder.up.{i}.upsample.conv", widths[i], widths[i])
+    return shapes
+
+
+def ldm_vae(widths=(32, 64), layers=1, seed=0, linear=False):
+    """A tiny file in that layout; attention as 1 × 1 convolutions, or as the linear layers that some tools write."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for name, shape in ldm_vae_shapes(widths, layers).items():
+        values = 0.15 * torch.randn(shape, generator=generator)
+        tensors[name] = values + 1 if "norm" in name and name.endswith("weight") else values
+        if linear and ".attn_1." in name and values.dim() == 4:
+            tensors[name] = values[:, :, 0, 0].contiguous()
+    return tensors
