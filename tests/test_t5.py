@@ -1,0 +1,228 @@
+"""T5's encoder: distances and attention by hand, both layouts, layer by layer from disk, full-size names, bad files."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from nano_adrpo.models import t5
+from nano_adrpo.models.t5 import Config, T5Encoder
+
+SIZES = dict(vocab_size=50, d_model=12, d_kv=5, d_ff=20, num_layers=3, num_heads=2)
+
+
+def build(**changes):
+    return tiny.fill(T5Encoder(Config(**{**SIZES, **changes})), std=0.4)
+
+
+def tokens(length=9, rows=2):
+    return torch.randint(1, 50, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build().save_pretrained(tmp_path / "t5")
+    return tmp_path / "t5"
+
+
+def test_distances_fall_into_the_buckets_of_the_paper():
+    # 32 rows: 16 for keys before the query or at it, 16 behind. Of each, 8 for distances 0 … 7 and 8 for 8 … 128, whose edges
+    # are 8·16^(i/8): 8, 11.3, 16, 22.6, 32, 45.3, 64, 90.5.
+    edges = [8, 12, 16, 23, 32, 46, 64, 91]
+    row = [d if d < 8 else 7 + sum(d >= edge for edge in edges) for d in range(400)]
+    assert row[127] == row[399] == 15 and row[8] == 8 and row[11] == 8 and row[12] == 9
+    table = t5.buckets(400, Config(**SIZES))
+    assert table[:, 0].tolist() == row  # the key is the first token
+    assert table[0].tolist() == [0] + [16 + b for b in row[1:]]
+    assert torch.equal(table[7:, 7:], table[:-7, :-7])  # only the distance counts
+
+
+def test_one_block_by_hand():
+    model, ids = build(num_layers=1), [3, 17, 3, 8, 42, 1, 9, 9, 30, 2, 11]
+    p = {name: tensor.detach().double() for name, tensor in model.named_parameters()}
+
+    def norm(x, name):
+        return x / math.sqrt((x**2).mean() + 1e-6) * p[name]
+
+    first = "encoder.block.0.layer"
+    xs = [p["shared.weight"][i] for i in ids]
+    normed = [norm(x, f"{first}.0.layer_norm.weight") for x in xs]
+    q, k, v = ([p[f"{first}.0.SelfAttention.{name}.weight"] @ x for x in normed] for name in "qkv")
+    out = []
+    for i in range(len(ids)):
+        heads = []
+        for head in range(2):
+            part = slice(5 * head, 5 * head + 5)
+            scores = []
+            for j in range(len(ids)):
+                distance = abs(i - j)
+                bucket = (distance if distance < 8 else 8) + (16 if j > i else 0)  # 8 … 11 share a bucket
+                table = p[f"{first}.0.SelfAttention.relative_attention_bias.weight"][bucket, head]
+                scores.append(q[i][part] @ k[j][part] + table)
+            shares = torch.stack(scores).softmax(0)
+            heads.append(sum(share * v[j][part] for j, share in enumerate(shares)))
+        x = xs[i] + p[f"{first}.0.SelfAttention.o.weight"] @ torch.cat(heads)
+        h = norm(x, f"{first}.1.layer_norm.weight")
+        a, b = (p[f"{first}.1.DenseReluDense.{name}.weight"] @ h for name in ("wi_0", "wi_1"))
+        gelu = a / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+        x = x + p[f"{first}.1.DenseReluDense.wo.weight"] @ (gelu * b)
+        out.append(norm(x, "encoder.final_layer_norm.weight"))
+    assert (model(torch.tensor([ids]))[0].double() - torch.stack(out)).abs().max() < 1e-5
+
+
+def test_padding_changes_nothing():
+    model, ids = build(), tokens()
+    alone = model(ids)
+    for left, right in ((0, 4), (3, 0), (2, 2)):
+        padded = torch.nn.functional.pad(ids, (left, right), value=7)
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right))
+        assert (model(padded, mask)[:, left : left + 9] - alone).abs().max() < 1e-5
+    mask[1] = 0
+    assert model(padded, mask).isfinite().all()
+
+
+def test_what_is_saved_is_loaded(folder):
+    model = T5Encoder.from_pretrained(folder)
+    assert torch.equal(model(tokens()), build()(tokens()))
+    assert set(load_file(folder / "model.safetensors")) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", t5.PREFIX])
+@pytest.mark.parametrize(
+    "embeddings", [("shared.weight",), ("encoder.embed_tokens.weight",), ("shared.weight", "encoder.embed_tokens.weight")]
+)
+def test_a_single_file_tells_its_sizes(tmp_path, prefix, embeddings):
+    tensors = build().state_dict()
+    table = tensors.pop("shared.weight")
+    tensors = {prefix + name: tensor for name, tensor in [*tensors.items(), *((name, table.clone()) for name in embeddings)]}
+    if prefix:
+        tensors["model.diffusion_model.pos_embed"] = torch.ones(3)
+    save_file(tensors, tmp_path / "t5xxl.safetensors")
+    for stream in (False, True):
+        model = T5Encoder.from_pretrained(tmp_path / "t5xxl.safetensors", stream=stream)
+        assert model.config == Config(**SIZES) and torch.equal(model(tokens()), build()(tokens()))
+
+
+def test_a_whole_t5_gives_its_encoder(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {"decoder.final_layer_norm.weight": torch.ones(12), "lm_head.weight": torch.ones(50, 12)},
+        folder / "model.safetensors",
+    )
+    assert torch.equal(T5Encoder.from_pretrained(folder)(tokens()), build()(tokens()))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_streamed_is_the_same_bit_for_bit_with_one_block_in_memory(folder, dtype, monkeypatch):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    tiny.shards(folder, tensors, "model")
+    model, streamed = (T5Encoder.from_pretrained(folder, dtype, stream=stream) for stream in (False, True))
+    alive, most, forward = [], [], t5.Block.forward
+
+    def watched(block, x, bias):  # whose parameters are real while a block runs?
+        alive.append(block)
+        most.append(sum(p.device.type != "meta" for other in streamed.encoder["block"] for p in other.parameters()))
+        return forward(block, x, bias)
+
+    expected = model(tokens())
+    monkeypatch.setattr(t5.Block, "forward", watched)
+    assert torch.equal(streamed(tokens()), expected)
+    assert len(alive) == 3 and most == [10, 9, 9]  # of 28: one block's, the first with the table
+    assert all(p.device.type == "meta" for p in streamed.encoder["block"].parameters())
+    assert expected.dtype == (dtype or torch.float32)
+
+
+def test_half_precision_is_near(folder):
+    exact = build()(tokens())
+    for dtype, error in ((torch.bfloat16, 0.05), (torch.float16, 0.005)):
+        model = T5Encoder.from_pretrained(folder, dtype)
+        assert (model(tokens()).float() - exact).norm() / exact.norm() < error
+    tensors = {
+        name: 3000 * t if ".wo." in name or "DenseReluDense.wi_1" in name else t for name, t in build().state_dict().items()
+    }
+    save_file(tensors, folder / "model.safetensors")  # sums that float16 cannot hold
+    exact, half = (T5Encoder.from_pretrained(folder, dtype)(tokens()).float() for dtype in (torch.float32, torch.float16))
+    assert (half - exact).norm() / exact.norm() < 0.02
+
+
+def full_size():
+    shapes = {"shared.weight": (32128, 4096), "encoder.final_layer_norm.weight": (4096,)}
+    for layer in range(24):
+        at = f"encoder.block.{layer}.layer"
+        shapes |= {f"{at}.0.SelfAttention.{name}.weight": (4096, 4096) for name in "qkvo"}
+        shapes |= {f"{at}.{i}.layer_norm.weight": (4096,) for i in (0, 1)}
+        shapes |= {f"{at}.1.DenseReluDense.{name}.weight": (10240, 4096) for name in ("wi_0", "wi_1")}
+        shapes[f"{at}.1.DenseReluDense.wo.weight"] = (4096, 10240)
+    return shapes | {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64)}
+
+
+def test_the_full_size_files_fit(tmp_path):
+    shapes = full_size()
+    tiny.headers_only(tmp_path / "t5xxl_fp16.safetensors", shapes)
+    model = T5Encoder.from_pretrained(tmp_path / "t5xxl_fp16.safetensors", device="meta")
+    assert sum(p.numel() for p in model.parameters()) == 4_762_310_656
+    assert model.config == Config(32128, 4096, 64, 10240, 24, 64)
+    folder, names = tmp_path / "text_encoder_3", sorted(shapes)
+    folder.mkdir()
+    for i in (0, 1):
+        tiny.headers_only(folder / f"model-{i}.safetensors", {name: shapes[name] for name in names[i::2]})
+    index = {name: f"model-{i}.safetensors" for i in (0, 1) for name in names[i::2]}
+    tiny.write_json(folder / "model.safetensors.index.json", {"weight_map": index})
+    config = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128)
+    tiny.write_json(folder / "config.json", {"model_type": "t5", "feed_forward_proj": "gated-gelu", **config})
+    assert {n: tuple(p.shape) for n, p in T5Encoder.from_pretrained(folder, device="meta").named_parameters()} == shapes
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("encoder.final_layer_norm.weight"), "key 'encoder.final_layer_norm.weight' is missing"),
+        (lambda t: t.update(scaled_fp8=torch.ones(1)), "key 'scaled_fp8' is not part of T5Encoder"),
+        (lambda t: t.update({"shared.weight": torch.ones(50, 11)}), "'shared.weight' has shape [50, 11]; expected [50, 12]"),
+    ],
+)  # fmt: skip
+def test_bad_tensors_are_named_before_anything_runs(folder, change, message, stream):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        T5Encoder.from_pretrained(folder, stream=stream)
+    assert message in str(error.value) and "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "umt5"}, "'model_type' is 'umt5'; expected 't5'"),
+        ({"feed_forward_proj": "relu"}, "'feed_forward_proj' is 'relu'; only 'gated-gelu'"),
+        ({"is_decoder": True}, "'is_decoder' is True; only False"),
+        ({"num_heads": 0}, "key 'num_heads' is 0; expected a positive int"),
+        ({"relative_attention_max_distance": 8}, "relative_attention_max_distance 8; expected"),
+    ],
+)
+def test_bad_configs_are_named(folder, change, message):
+    where = folder / "config.json"
+    tiny.write_json(where, {**json.loads(where.read_text()), **change})
+    with pytest.raises(ValueError) as error:
+        T5Encoder.from_pretrained(folder)
+    assert message in str(error.value) and str(where) in str(error.value)
+
+
+def test_other_refusals(folder, tmp_path):
+    with pytest.raises(ValueError, match="stream=True has its blocks on disk"):
+        T5Encoder.from_pretrained(folder, stream=True).save_pretrained(tmp_path / "out")
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(2)}, tmp_path / "flux.safetensors")
+    with pytest.raises(ValueError, match="flux.safetensors: key .* is missing; expected the encoder of T5"):
+        T5Encoder.from_pretrained(tmp_path / "flux.safetensors")
+    tensors = {name: t.to(torch.float8_e4m3fn) for name, t in build().state_dict().items()}
+    save_file(tensors, tmp_path / "t5xxl_fp8.safetensors")
+    with pytest.raises(ValueError, match="stored as torch.float8_e4m3fn; expected a dtype to compute in"):
+        T5Encoder.from_pretrained(tmp_path / "t5xxl_fp8.safetensors")
+    for stream in (False, True):
+        model = T5Encoder.from_pretrained(tmp_path / "t5xxl_fp8.safetensors", torch.bfloat16, stream=stream)
+        assert model(tokens()).dtype == torch.bfloat16 and model(tokens()).isfinite().all()
