@@ -1,6 +1,6 @@
 """Sampling a flow: explicit integrators of dx/dt = velocity(x, t) from noise at t = 0 to data at t = 1.
 
-SD3 samples with Euler steps on the shifted grid below; the other methods are the textbook's (Hairer, Nørsett & Wanner 1993,
+SD3 samples with Euler steps on a shifted grid; the other methods are the textbook's (Hairer, Nørsett & Wanner 1993,
 chapter II.1). The error of a method of order p falls as h^p.
 """
 
@@ -18,12 +18,34 @@ def time_grid(steps, shift=1.0, dtype=torch.float32, device=None):
     >>> time_grid(2, shift=3.0)
     tensor([0.0000, 0.2500, 1.0000])
     """
+    check(steps, shift)
+    return (1 - shifted(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, shift)).to(device, dtype)
+
+
+def sd3_time_grid(steps, shift=3.0, dtype=torch.float32, device=None):
+    """steps + 1 increasing times from 0 to 1, as SD3's public samplers have them (Stability's sd3-ref, diffusers).
+
+    They differ from `time_grid`. σ falls in `steps` equal parts not to 0 but to the smallest of training, which is 1/1000 under
+    the map above; the map is then applied to all of them, to the smallest for the second time; and 0 follows. So the last step
+    is short (0.009 at a shift of 3), and the others are a little longer.
+
+    >>> sd3_time_grid(2)
+    tensor([0.0000, 0.9911, 1.0000])
+    """
+    check(steps, shift)
+    sigma = shifted(torch.linspace(1, shifted(1e-3, shift), steps, dtype=torch.float64), shift)
+    return (1 - torch.cat([sigma, torch.zeros(1)])).to(device, dtype)
+
+
+def shifted(sigma, shift):
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def check(steps, shift):
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
     if not shift > 0:
         raise ValueError(f"shift is {shift}; expected a positive number")
-    sigma = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
-    return (1 - shift * sigma / (1 + (shift - 1) * sigma)).to(device, dtype)
 
 
 def sample(velocity, x0, times, method="euler", trajectory=False):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from nano_adrpo import weights
 from nano_adrpo.models.clip import CLIP
-from nano_adrpo.text_to_image import PromptTokenizer
+from nano_adrpo.prompts import PromptTokenizer
 
 
 class ClipScore:

@@ -1,136 +1,121 @@
 """SD3 as one object: prompts in, velocities in the paper's time, images out.
 
-A folder in diffusers' pipeline layout: transformer/ (MMDiT), text_encoder/ and optionally text_encoder_2/ (CLIP) with
-tokenizer/ and tokenizer_2/. Such a model works in pixel space: its latents are the images.
+A release (see release.py) has a transformer, text encoders (see prompts.py), and an autoencoder between images and the latents
+that flow. A folder without `vae` works in pixel space: its latents are the images.
 
 This is the one place where time is turned round. The paper: t = 0 noise, t = 1 data, velocity dx/dt = x1 − x0 = data − noise.
 SD3's network: sigma = 1 − t, output noise − data. Hence velocity(x, t) = −network(x, 1 − t).
 """
 
-import json
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from nano_adrpo import weights
-from nano_adrpo.models.clip import CLIPText
 from nano_adrpo.models.mmdit import MMDiT
+from nano_adrpo.models.vae import Autoencoder
+from nano_adrpo.prompts import PromptEncoder
+from nano_adrpo.release import Release
 
-
-@dataclass
-class Condition:
-    """What the network sees of B prompts. condition[rows] picks and repeats prompts, e.g. condition[[0, 0, 1, 1]]."""
-
-    context: torch.Tensor  # [B, L, D], token embeddings
-    pooled: torch.Tensor  # [B, P]
-
-    def __getitem__(self, rows):
-        return Condition(self.context[rows], self.pooled[rows])
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}  # SD3's and SD3.5's
 
 
 class TextToImage:
-    def __init__(self, transformer, encoders, tokenizers):
-        """encoders and tokenizers: one CLIPText and one PromptTokenizer per text_encoder folder, in order."""
-        self.transformer, self.encoders, self.tokenizers = transformer, encoders, tokenizers
+    def __init__(self, transformer, prompt_encoder=None, vae=None, scheduler=None):
+        """prompt_encoder None: prompts come encoded. vae None: pixel space. scheduler: diffusers' configuration of its sampler,
+        of which only `shift` is used here; None for a model that has none."""
+        self.transformer, self.prompt_encoder, self.vae, self.scheduler = transformer, prompt_encoder, vae, scheduler
 
     @property
     def device(self):
         return self.transformer.proj_out.weight.device
 
     @property
+    def shift(self):
+        """The time-grid shift the model is to be sampled with (see ode.time_grid)."""
+        return float((self.scheduler or {}).get("shift", 1.0))
+
+    @property
+    def factor(self):
+        """Pixels a latent's side stands for: 8 in SD3, 1 in pixel space."""
+        return self.vae.factor if self.vae else 1
+
+    @property
     def latent_shape(self):
         """[C, H, W] of one sample at the size the model was trained at."""
-        config = self.transformer.config
-        return config.in_channels, config.sample_size, config.sample_size
+        return self.latent_shape_at(self.transformer.config.sample_size * self.factor)
 
-    @torch.no_grad()
+    def latent_shape_at(self, resolution):
+        """[C, H, W] of one sample of `resolution` pixels: a number, or (height, width). ValueError if it does not fit."""
+        config, unit = self.transformer.config, self.transformer.config.patch_size * self.factor
+        height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+        for side in (height, width):
+            if side % unit or not 0 < side <= config.pos_embed_max_size * unit:
+                raise ValueError(
+                    f"resolution {side}: expected a multiple of {unit} (patches of {config.patch_size} × latents of "
+                    f"{self.factor} pixels), at most {config.pos_embed_max_size * unit}"
+                )
+        return config.in_channels, height // self.factor, width // self.factor
+
     def encode(self, prompts):
-        """A list of B strings -> Condition: the encoders' token embeddings side by side, padded with zeros to the
-        transformer's width, and their pooled embeddings side by side."""
-        outputs = [
-            encoder(tokenizer(prompts, encoder.config.max_position_embeddings).to(self.device))
-            for encoder, tokenizer in zip(self.encoders, self.tokenizers)
-        ]
-        context = torch.cat([hidden for hidden, _ in outputs], dim=-1)  # [B, L, D1 + D2]
-        context = F.pad(context, (0, self.transformer.config.joint_attention_dim - context.shape[-1]))
-        return Condition(context, torch.cat([pooled for _, pooled in outputs], dim=-1))
+        """A list of B strings -> Condition, on the transformer's device."""
+        if self.prompt_encoder is None:
+            raise ValueError("this model was opened without its text encoders; expected encoded prompts (see prompts.cached)")
+        return self.prompt_encoder.encode(prompts).to(self.device)
 
     def velocity(self, x, t, condition):
         """dx/dt at time t of the paper. x [B, C, H, W]; t a number or [B], in [0, 1]; -> like x, in x's dtype."""
         dtype = self.transformer.proj_out.weight.dtype
         sigma = 1 - torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-        context, pooled = condition.context.to(dtype), condition.pooled.to(dtype)
-        return -self.transformer(x.to(dtype), sigma, context, pooled).to(x.dtype)
+        condition = condition.to(x.device, dtype)
+        return -self.transformer(x.to(dtype), sigma, condition.context, condition.pooled).to(x.dtype)
 
-    def decode(self, latents):
-        """Latents [B, C, H, W] -> images [B, C, H, W], nominally in [−1, 1] and not clamped."""
-        return latents
+    @torch.no_grad()
+    def decode(self, latents, tile=None):
+        """Latents [B, C, H, W] -> images [B, 3, factor·H, factor·W], nominally in [−1, 1] and not clamped; in pixel space the
+        latents. tile: None, or the side in latent pixels of the squares that large images are decoded in."""
+        if self.vae is None:
+            return latents
+        return self.vae.decode(latents.to(next(self.vae.parameters()).dtype), tile).to(latents.dtype)
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device=None):
-        path = Path(path)
-        if not (path / "transformer").is_dir():
-            raise FileNotFoundError(f"{path}: no transformer/ in it; expected a folder in diffusers' SD3 pipeline layout")
-        for part in ("vae", "text_encoder_3"):
-            if (path / part).is_dir():
-                raise ValueError(f"{path / part}: not supported; expected a pixel-space model with CLIP text encoders")
-        suffixes = [suffix for suffix in ("", "_2") if (path / f"text_encoder{suffix}").is_dir()]
-        if not suffixes:
-            raise FileNotFoundError(f"{path / 'text_encoder'}: no such folder; it encodes the prompts")
-        transformer = MMDiT.from_pretrained(path / "transformer", dtype, device)
-        encoders = [CLIPText.from_pretrained(path / f"text_encoder{suffix}", dtype, device) for suffix in suffixes]
-        model = cls(transformer, encoders, [PromptTokenizer(path / f"tokenizer{suffix}") for suffix in suffixes])
-        width, pooled = sum(e.config.hidden_size for e in encoders), sum(e.config.projection_dim for e in encoders)
-        if width > transformer.config.joint_attention_dim or pooled != transformer.config.pooled_projection_dim:
-            raise ValueError(
-                f"{path}: the text encoders give width {width} and pooled width {pooled}; transformer/config.json expects at "
-                f"most {transformer.config.joint_attention_dim} and exactly {transformer.config.pooled_projection_dim}"
-            )
-        return model
+    def from_pretrained(cls, path, dtype=None, device=None, base=None, encoders=True, t5="load", t5_tokens=256):
+        """Opens a folder in diffusers' SD3 pipeline layout or Stability's single file.
+
+        dtype     None keeps each part's own; device: None is the CPU
+        base      folder in diffusers' layout for the parts that path lacks, such as a single file's tokenizers
+        encoders  False: no text encoder, for prompts that are encoded already
+        t5, t5_tokens   see PromptEncoder.from_pretrained
+
+        Raises FileNotFoundError for a missing part, ValueError for one that does not fit; both in one line.
+        """
+        release = Release(path, base)
+        config = release.transformer_config()  # from the headers: what is missing is told before anything is read
+        # Images have 1 or 3 channels: a model of more has latents, whatever its folder lists.
+        vae = release.need("vae") if release.expects("vae") or config.in_channels not in (1, 3) else None
+        prompts = PromptEncoder.from_pretrained(path, dtype, device, base, t5, t5_tokens) if encoders else None
+        autoencoder = Autoencoder.from_pretrained(vae, dtype, device) if vae else None
+        if vae and autoencoder.config.latent_channels != config.in_channels:
+            channels = f"{autoencoder.config.latent_channels} channels; the transformer expects {config.in_channels}"
+            raise ValueError(f"{vae}: the autoencoder's latents have {channels}")
+        scheduler = dict(SCHEDULER) if vae else None
+        if folder := release.find("scheduler"):
+            scheduler = weights.read_json(folder / "scheduler_config.json")
+        return cls(MMDiT.from_pretrained(release.need("transformer"), dtype, device), prompts, autoencoder, scheduler)
 
     def save_pretrained(self, path):
+        """Writes the parts that are loaded as a folder in diffusers' layout; with all of them, StableDiffusion3Pipeline opens
+        it, and without, TextToImage.from_pretrained(path, base=…) does."""
         path = Path(path)
         index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
         self.transformer.save_pretrained(path / "transformer")
-        for suffix, encoder, tokenizer in zip(("", "_2"), self.encoders, self.tokenizers):
-            encoder.save_pretrained(path / f"text_encoder{suffix}")
-            tokenizer.save_pretrained(path / f"tokenizer{suffix}")
-            index[f"text_encoder{suffix}"] = ["transformers", "CLIPTextModelWithProjection"]
-            index[f"tokenizer{suffix}"] = ["transformers", "PreTrainedTokenizerFast"]
+        if self.prompt_encoder:
+            index |= self.prompt_encoder.save_pretrained(path)
+        if self.vae:
+            self.vae.save_pretrained(path / "vae")
+            index["vae"] = ["diffusers", "AutoencoderKL"]
+        if self.scheduler:
+            (path / "scheduler").mkdir(exist_ok=True)
+            weights.write_json(path / "scheduler" / "scheduler_config.json", self.scheduler)
+            index["scheduler"] = ["diffusers", self.scheduler.get("_class_name", SCHEDULER["_class_name"])]
         weights.write_json(path / "model_index.json", index)
-
-
-class PromptTokenizer:
-    """A tokenizer folder (tokenizer.json, tokenizer_config.json) used as CLIP's: every prompt padded to one length."""
-
-    def __init__(self, path):
-        self.config = weights.read_json(Path(path) / "tokenizer_config.json")
-        file = Path(path) / "tokenizer.json"
-        weights.read_json(file)  # a missing or damaged file is named
-        self.tokenizer = Tokenizer.from_file(str(file))
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        pad = self.config.get("pad_token")
-        self.pad = self.tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad) if pad else None
-        if self.pad is None:
-            raise ValueError(f"{Path(path) / 'tokenizer_config.json'}: 'pad_token' is {pad!r}; expected a token of {file.name}")
-
-    def __call__(self, prompts, length):
-        """B strings -> ids [B, length]: begin, words, end, padding. A longer prompt loses words before its end token."""
-        rows = []
-        for prompt, encoding in zip(prompts, self.tokenizer.encode_batch(list(prompts))):
-            ids = encoding.ids
-            if len(ids) > length:
-                warnings.warn(f"the prompt {prompt!r} has {len(ids)} tokens and is cut to {length}", stacklevel=3)
-                ids = ids[: length - 1] + ids[-1:]
-            rows.append(ids + [self.pad] * (length - len(ids)))
-        return torch.tensor(rows)
-
-    def save_pretrained(self, path):
-        Path(path).mkdir(parents=True, exist_ok=True)
-        weights.write_json(Path(path) / "tokenizer.json", json.loads(self.tokenizer.to_str()))
-        weights.write_json(Path(path) / "tokenizer_config.json", self.config)

@@ -80,6 +80,48 @@ def test_the_position_ids_of_older_files_are_passed_over(tmp_path):
     assert torch.equal(clip.CLIP.from_pretrained(tmp_path).encode_text(ids), build().encode_text(ids))
 
 
+def single(model, prefix="", projected=True):
+    """The tensors of Stability's single-file encoders: transformers' names behind a prefix; CLIP-L's without projection."""
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if projected or "projection" not in name}
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_sd3s_single_files(tmp_path, together):
+    sizes = dict(vocab_size=99, num_hidden_layers=3, max_position_embeddings=16, eos_token_id=2, intermediate_size=48)
+    small = clip.CLIPText(clip.TextConfig(**sizes, hidden_size=64, num_attention_heads=1, projection_dim=64))
+    large = dict(hidden_size=128, num_attention_heads=2, projection_dim=40, hidden_act="gelu")
+    small, large = tiny.fill(small), tiny.fill(clip.CLIPText(clip.TextConfig(**sizes, **large)), seed=1)
+    with torch.no_grad():
+        small.text_projection.weight.copy_(torch.eye(64))
+    ids, _ = tiny.clip_inputs()
+    prefixes = [f"text_encoders.clip_{name}.transformer." if together else "" for name in "lg"]
+    parts = [single(small, prefixes[0], projected=False), single(large, prefixes[1])]
+    parts[0][prefixes[0] + "text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    parts[1][f"{prefixes[1].removesuffix('transformer.')}logit_scale"] = torch.ones(())
+    files = [tmp_path / "clip_l.safetensors", tmp_path / "clip_g.safetensors"]
+    if together:
+        files = [tmp_path / "sd3.safetensors"] * 2
+        parts = [parts[0] | parts[1] | {"first_stage_model.decoder.conv_in.bias": torch.ones(3)}] * 2
+    for model, file, tensors, prefix in zip((small, large), files, parts, prefixes):
+        save_file(tensors, file)
+        ours = clip.CLIPText.from_pretrained(file, prefix=prefix)
+        assert ours.config == model.config
+        assert all(torch.equal(a, b) for a, b in zip(ours(ids), model(ids)))
+        half = clip.CLIPText.from_pretrained(file, torch.bfloat16, prefix=prefix)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        meta = clip.CLIPText.from_pretrained(file, device="meta", prefix=prefix)
+        assert {p.device.type for p in meta.parameters()} == {"meta"}
+        ours.save_pretrained(tmp_path / "folder")
+        assert torch.equal(clip.CLIPText.from_pretrained(tmp_path / "folder")(ids)[1], model(ids)[1])
+    # In SD3 CLIP-L's pooled output is not projected, even where the file has the matrix (diffusers and ComfyUI agree).
+    if together:
+        save_file(parts[0] | {prefixes[0] + "text_projection.weight": torch.ones(64, 64)}, files[0])
+        assert torch.equal(clip.CLIPText.from_pretrained(files[0], prefix=prefixes[0])(ids)[1], small(ids)[1])
+    with pytest.raises(ValueError, match="key 'text_model.embeddings.token_embedding.weight' is missing; expected a CLIP text"):
+        clip.CLIPText.from_pretrained(files[0], prefix="text_encoders.t5xxl.")
+
+
 # Parameters of the public checkpoints: openai/clip-vit-large-patch14, laion/CLIP-ViT-bigG-14, and SD3's two text encoders.
 L14 = dict(
     text=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=2, projection_dim=768),

@@ -167,10 +167,45 @@ def test_bad_tensors_are_named(folder, device):
         assert "\n" not in str(error.value)
 
 
-def test_a_single_file_of_another_family_is_refused(tmp_path):
-    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)}, tmp_path / "sdxl.safetensors")
-    with pytest.raises(ValueError, match="sdxl.safetensors: key 'x_embedder.proj.weight' is missing; expected Stability's SD3"):
-        MMDiT.from_pretrained(tmp_path / "sdxl.safetensors")
+@pytest.mark.parametrize(
+    "key, family",
+    [
+        ("double_blocks.0.img_attn.norm.key_norm.scale", "FLUX"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "FLUX"),
+        ("model.diffusion_model.label_emb.0.0.weight", "SDXL"),
+        ("conditioner.embedders.1.model.positional_embedding", "SDXL"),
+        ("cond_stage_model.transformer.text_model.embeddings.position_embedding.weight", "Stable Diffusion 1"),
+        ("cond_stage_model.model.token_embedding.weight", "Stable Diffusion 2"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "Stable Diffusion 1, 2 or SDXL"),
+        ("down_blocks.0.resnets.0.conv1.weight", r"Stable Diffusion 1, 2 or SDXL \(diffusers\)"),
+        ("transformer_blocks.0.attn.to_q.weight", "diffusers-layout"),
+    ],
+)
+def test_a_single_file_of_another_family_is_refused_by_name(tmp_path, key, family):
+    file = tmp_path / "other.safetensors"
+    unet = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)} if family in ("SDXL", "Stable Diffusion 1") else {}
+    save_file(unet | {key: torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match=rf"{file}: this is a {family} checkpoint \(key '{key}'\); expected SD3") as error:
+        MMDiT.from_pretrained(file)
+    assert "\n" not in str(error.value)
+    save_file({"weight": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match="key 'x_embedder.proj.weight' is missing; expected Stability's SD3 or SD3.5 layout"):
+        MMDiT.from_pretrained(file)
+
+
+@pytest.mark.parametrize("style", tiny.MMDIT_STYLES)
+def test_gradient_checkpointing_changes_no_bit(style):
+    plain, frugal = build(style), build(style)
+    frugal.gradient_checkpointing = True
+    for model in (plain, frugal):
+        output = model(*tiny.mmdit_inputs())
+        output.square().mean().backward()
+    assert torch.equal(output, plain(*tiny.mmdit_inputs()))
+    for expected, parameter in zip(plain.parameters(), frugal.parameters()):
+        assert (parameter.grad is None) == (expected.grad is None)  # the last block's context queries reach nothing
+        assert parameter.grad is None or torch.equal(parameter.grad, expected.grad)
+    with torch.no_grad():
+        assert torch.equal(frugal(*tiny.mmdit_inputs()), output)
 
 
 @pytest.mark.parametrize(

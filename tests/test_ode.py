@@ -44,6 +44,26 @@ def test_time_grid_by_hand():
     assert ode.time_grid(3, shift=3.0, dtype=torch.float64).tolist() == pytest.approx([0, 1 / 7, 2 / 5, 1])
 
 
+def test_sd3s_time_grid_by_hand():
+    # Shift 3: the smallest σ is 0.003/1.002; 1, (1 + it)/2, it under 3σ/(1 + 2σ) once more; then 0.
+    smallest = 0.003 / 1.002
+    sigma = [1, *(3 * s / (1 + 2 * s) for s in ((1 + smallest) / 2, smallest)), 0]
+    grid = ode.sd3_time_grid(3, shift=3.0, dtype=torch.float64)
+    assert grid.tolist() == pytest.approx([1 - s for s in sigma], abs=1e-15)
+    assert 1 - grid[-2].item() == pytest.approx(0.008929, abs=1e-6)  # where diffusers' 28 steps at shift 3 end, too
+    assert ode.sd3_time_grid(1).tolist() == [0, 1]
+    assert ode.sd3_time_grid(3, shift=1.0).tolist() == pytest.approx([0, 0.4995, 0.999, 1])
+
+
+@pytest.mark.parametrize("grid", [ode.time_grid, ode.sd3_time_grid])
+def test_grids_refuse_what_makes_no_sense(grid):
+    for steps in (0, -2):
+        with pytest.raises(ValueError, match=f"steps is {steps}; expected at least 1"):
+            grid(steps)
+    with pytest.raises(ValueError, match="shift is 0; expected a positive number"):
+        grid(3, 0)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 10, 28, 1000])
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 12.0])
 def test_time_grid_increases_from_zero_to_one(steps, shift):

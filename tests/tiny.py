@@ -132,6 +132,86 @@ def to_stability(tensors, layers, dual=()):
     return {name: tensor.contiguous().clone() for name, tensor in out.items()}
 
 
+# SD3's parts in small: both CLIPs have heads of 64, as single files presume; the tokenizers' words are few.
+SD3 = MMDIT | dict(in_channels=16, out_channels=16, joint_attention_dim=224, pooled_projection_dim=192, pos_embed_max_size=12)
+SD3_CLIP = dict(vocab_size=525, num_hidden_layers=3, max_position_embeddings=77, eos_token_id=2, bos_token_id=0)
+SD3_CLIPS = {
+    "text_encoder": SD3_CLIP | dict(hidden_size=64, intermediate_size=96, num_attention_heads=1, projection_dim=64),
+    "text_encoder_2": SD3_CLIP
+    | dict(hidden_size=128, intermediate_size=80, num_attention_heads=2, projection_dim=128, hidden_act="gelu"),
+}
+SD3_T5 = dict(
+    vocab_size=300, d_model=224, d_kv=16, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+    is_encoder_decoder=False, tie_word_embeddings=False,
+)  # fmt: skip
+SD3_VAE = dict(
+    in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(32, 32, 64, 64), layers_per_block=1, latent_channels=16, norm_num_groups=32, scaling_factor=1.5305,
+    shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+)  # fmt: skip
+
+
+def clip_tokenizer(folder, pad):
+    """vocab.json, merges.txt and their two companions as SD3's public folders have them: 512 bytes, 11 merges, two specials."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    merges = ["t h", "th e</w>", "o n", "on e</w>", "i n", "in g</w>", "! !</w>", "a n", "an d</w>", "' s</w>", "1 2</w>"]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+
+    def token(content, normalized=True):
+        return dict(content=content, lstrip=False, normalized=normalized, rstrip=False, single_word=False)
+
+    ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    decoder = {"523": token("<|startoftext|>") | {"special": True}, "524": token("<|endoftext|>", False) | {"special": True}}
+    decoder = {"0": token("!", False) | {"special": True}} | decoder if pad == "!" else decoder
+    config = dict(add_prefix_space=False, added_tokens_decoder=decoder, do_lower_case=True, errors="replace", pad_token=pad)
+    config |= ends | dict(model_max_length=77, tokenizer_class="CLIPTokenizer", clean_up_tokenization_spaces=True)
+    write_json(Path(folder) / "tokenizer_config.json", config)
+    special = {name: token(content) for name, content in ends.items()} | {"pad_token": pad}
+    write_json(Path(folder) / "special_tokens_map.json", special)
+    write_json(Path(folder) / "vocab.json", {word: i for i, word in enumerate(words)})
+    (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def t5_tokenizer(folder):
+    """tokenizer.json and tokenizer_config.json as T5's: unigrams after a white-space split, </s> behind."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    words = ["▁", "▁the", "▁a", "s", "ing", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?-'"]
+    vocabulary = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], *([word, -2.0 - i / 10] for i, word in enumerate(words))]
+    names = ["<pad>", "</s>", "<unk>"]
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    metaspace = dict(type="Metaspace", replacement="▁", prepend_scheme="always", split=True)
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    tokenizer = dict(
+        version="1.0", truncation=None, padding=None, normalizer=None, decoder=metaspace,
+        added_tokens=[dict(id=i, content=name, **flags) for i, name in enumerate(names)],
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[dict(type="WhitespaceSplit"), metaspace]),
+        post_processor=dict(
+            type="TemplateProcessing", single=[{"Sequence": {"id": "A", "type_id": 0}}, end],
+            pair=[{"Sequence": {"id": "A", "type_id": 0}}, end, {"Sequence": {"id": "B", "type_id": 0}}, end],
+            special_tokens={"</s>": dict(id="</s>", ids=[1], tokens=["</s>"])},
+        ),
+        model=dict(type="Unigram", unk_id=2, vocab=vocabulary, byte_fallback=False),
+    )  # fmt: skip
+    write_json(Path(folder) / "tokenizer.json", tokenizer)
+    config = dict(zip(("pad_token", "eos_token", "unk_token"), names)) | dict(extra_ids=0, additional_special_tokens=[])
+    write_json(Path(folder) / "tokenizer_config.json", config | dict(model_max_length=512, tokenizer_class="T5Tokenizer"))
+
+
+AWKWARD = [
+    "The one, AND the Ring", "Café É Straße İstanbul ǅ", "cafe\u0301 n\u0303", "emoji 😀👩\u200d👩\u200d👧 flag 🇩🇪",
+    "漢字かな 한국어 中文",
+    "double  spaces\t\ttab", "line\nbreak\r\n\r\nmore", "punct!? ... --- (a) [b] {c} \"q\" 'q'",
+    "it's they're I'VE we'll he'd I'm",
+    "&amp; &lt;b&gt; &quot;", "12 345 6.78 ½ ²  Ⅳ", "", "   ", "!", "!!", "hello! world!!!", "a !b! c", "<|endoftext|>",
+    "<|STARTOFTEXT|> x", "a<|startoftext|>b <|ENDOFTEXT|> c", "\u00a0nbsp\u3000ideo\u200bzw", "foo_bar-baz/qux",
+    "ﬁ ligature Å \u212b",
+    "a\x00b\x7f", "the " * 100, "  <|endoftext|>  !  x", "<pad> </s> [CLS]",
+]  # fmt: skip
+
+
 VAE = dict(block_out_channels=(32, 64), layers_per_block=1, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)
 VAE_STYLES = {
     "two-stages": VAE,

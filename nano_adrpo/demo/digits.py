@@ -26,7 +26,8 @@ from torch import nn
 from nano_adrpo import metrics, runtime, weights
 from nano_adrpo.adrpo import interpolate, squared_error
 from nano_adrpo.models import clip, mmdit
-from nano_adrpo.text_to_image import PromptTokenizer, TextToImage
+from nano_adrpo.prompts import PromptEncoder, PromptTokenizer
+from nano_adrpo.text_to_image import TextToImage
 
 HERE = Path(__file__).parent
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -194,7 +195,8 @@ def train_base(folder, clip_folder, steps=2500):
         caption_projection_dim=64,
         pos_embed_max_size=4,
     )
-    model = TextToImage(init(mmdit.MMDiT(config), generator), [encoder], [PromptTokenizer(clip_folder)])
+    prompts = PromptEncoder([encoder], [PromptTokenizer(clip_folder)], config.joint_attention_dim)
+    model = TextToImage(init(mmdit.MMDiT(config), generator), prompts)
     for name, parameter in model.transformer.named_parameters():
         if any(part in name for part in ("norm1", "norm_out", "proj_out")):
             nn.init.zeros_(parameter)  # adaLN-Zero: at the start every block is the identity

@@ -9,6 +9,7 @@ Module names are transformers' (CLIPModel, CLIPTextModelWithProjection); its fol
 """
 
 import dataclasses
+import re
 from dataclasses import field
 from pathlib import Path
 
@@ -126,8 +127,12 @@ class CLIPText(nn.Module):
         return hidden, self.text_projection(pooled)
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device=None):
-        """Opens a transformers CLIPTextModelWithProjection folder. dtype None is the file's; device None the CPU."""
+    def from_pretrained(cls, path, dtype=None, device=None, prefix=""):
+        """Opens a transformers CLIPTextModelWithProjection folder, or a single file of SD3's release: clip_l.safetensors,
+        clip_g.safetensors, or a bigger file whose keys for this encoder begin with `prefix`, such as
+        `text_encoders.clip_l.transformer.`. dtype None is the file's; device None the CPU."""
+        if Path(path).is_file():
+            return cls._from_file(weights.Checkpoint(path), dtype, device, prefix)
         where = Path(path) / "config.json"
         values = weights.read_json(where)
         if (kind := values.get("model_type")) != "clip_text_model":
@@ -135,6 +140,26 @@ class CLIPText(nn.Module):
         with torch.device("meta"):
             model = cls(weights.parse_config(TextConfig, values, where))
         return weights.load(model, weights.Checkpoint(path), dtype, device, drop_position_ids)
+
+    @classmethod
+    def _from_file(cls, checkpoint, dtype, device, prefix):
+        keys = [key for key in checkpoint.home if key.startswith(prefix)]
+        # SD3 takes CLIP-L's pooled output as it is, and its files leave the projection out: here that is the identity.
+        projected = f"{prefix}text_projection.weight" in keys and "clip_l" not in prefix
+        config = file_config({key.removeprefix(prefix): checkpoint.shapes[key] for key in keys}, checkpoint.path, projected)
+        with torch.device("meta"):
+            model = cls(config)
+
+        def convert(key, read):
+            name = key.removeprefix(prefix)
+            if name == "logit_scale" or name == "text_projection.weight" and not projected:
+                return {}
+            tensors = drop_position_ids(name, read)
+            if name == "text_model.final_layer_norm.bias" and not projected:
+                tensors["text_projection.weight"] = torch.eye(config.hidden_size, device=tensors[name].device)
+            return tensors
+
+        return weights.load(model, checkpoint, dtype, device, convert, keys)
 
     def save_pretrained(self, path):
         """Writes a folder that transformers' CLIPTextModelWithProjection.from_pretrained opens."""
@@ -145,6 +170,29 @@ class CLIPText(nn.Module):
 def drop_position_ids(key, read):
     """Older files carry 0, 1, 2, … as a tensor; every other key is the model's own."""
     return {} if key.endswith("embeddings.position_ids") else {key: read()}
+
+
+def file_config(shapes, path, projected):
+    """The sizes that a single file does not spell out, read off its tensors' shapes. SD3 has two such encoders, both with
+    heads of 64: L/14, unprojected and with the quick GELU of OpenAI's CLIP, and bigG, projected and with the exact one."""
+    layers = [int(match[1]) for key in shapes if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", key))]
+    try:
+        vocabulary, dim = shapes["text_model.embeddings.token_embedding.weight"]
+        return TextConfig(
+            hidden_size=dim,
+            intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+            num_hidden_layers=max(layers) + 1,
+            num_attention_heads=dim // 64,
+            projection_dim=shapes["text_projection.weight"][0] if projected else dim,
+            hidden_act="gelu" if projected and dim != 768 else "quick_gelu",
+            vocab_size=vocabulary,
+            max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
+            eos_token_id=2,  # as in SD3's text_encoder/config.json: the highest id
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: key {error} is missing; expected a CLIP text encoder of SD3's release") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 class TextTower(nn.Module):

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nano_adrpo import weights
 
@@ -59,9 +60,12 @@ class Config:
 
 
 class MMDiT(nn.Module):
+    """`gradient_checkpointing` = True recomputes each block in backward and keeps only its inputs."""
+
     def __init__(self, config):
         super().__init__()
         self.config, dim = config, config.dim
+        self.gradient_checkpointing = False
         self.pos_embed = PatchEmbed(config)
         self.time_text_embed = TimeTextEmbed(config.pooled_projection_dim, dim)
         self.context_embedder = nn.Linear(config.joint_attention_dim, dim)
@@ -92,7 +96,10 @@ class MMDiT(nn.Module):
         cond = self.time_text_embed(sigma, pooled)[:, None]  # [B, 1, D]
         context = self.context_embedder(context)  # [B, L, D]
         for block in self.transformer_blocks:
-            x, context = block(x, context, cond)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, context = checkpoint(block, x, context, cond, use_reentrant=False)
+            else:
+                x, context = block(x, context, cond)
         scale, shift = self.norm_out(cond)  # diffusers keeps these two in this order
         x = self.proj_out(Modulation(shift, scale)(layer_norm(x)))  # [B, T, patch²·C]
         x = x.unflatten(1, (height // patch, width // patch)).unflatten(3, (patch, patch, -1))  # [B, h, w, p, q, C]
@@ -104,19 +111,18 @@ class MMDiT(nn.Module):
         beside which other models may lie in the file, or with none). dtype None is the file's; device None the CPU."""
         path = Path(path)
         if path.is_file():
-            checkpoint = weights.Checkpoint(path)
-            prefix = (
-                "model.diffusion_model." if any(key.startswith("model.diffusion_model.") for key in checkpoint.home) else ""
-            )
-            keys = [key for key in checkpoint.home if key.startswith(prefix)]
-            config = stability_config({key.removeprefix(prefix): checkpoint.shapes[key] for key in keys}, path)
+            file = weights.Checkpoint(path)
+            refuse_other_families(file.home, path)
+            prefix = "model.diffusion_model." if any(key.startswith("model.diffusion_model.") for key in file.home) else ""
+            keys = [key for key in file.home if key.startswith(prefix)]
+            config = stability_config({key.removeprefix(prefix): file.shapes[key] for key in keys}, path)
             with torch.device("meta"):
                 model = cls(config)
 
             def convert(key, read):
                 return from_stability(key.removeprefix(prefix), read, config)
 
-            return weights.load(model, checkpoint, dtype, device, convert, keys)
+            return weights.load(model, file, dtype, device, convert, keys)
         where = path / "config.json"
         values = weights.read_json(where)
         if (name := values.get("_class_name", "SD3Transformer2DModel")) != "SD3Transformer2DModel":
@@ -324,6 +330,34 @@ STABILITY_BLOCK = {
 }
 
 
+# What a key of another family's file begins with, behind `model.diffusion_model.` where that is there. The first that occurs
+# decides, so the more telling ones stand above: SDXL has SD 1's blocks too.
+TELLTALES = {
+    "double_blocks.0.img_attn.": "FLUX",
+    "single_transformer_blocks.": "FLUX (diffusers)",
+    "double_layers.0.": "AuraFlow",
+    "label_emb.": "SDXL",
+    "conditioner.embedders.": "SDXL",
+    "add_embedding.": "SDXL (diffusers)",
+    "cond_stage_model.transformer.": "Stable Diffusion 1",
+    "cond_stage_model.model.": "Stable Diffusion 2",
+    "input_blocks.": "Stable Diffusion 1, 2 or SDXL",
+    "down_blocks.": "Stable Diffusion 1, 2 or SDXL (diffusers)",
+    "transformer_blocks.": "diffusers-layout",
+}
+
+
+def refuse_other_families(keys, path):
+    """ValueError, naming the family, if a single file is another one's."""
+    if any("joint_blocks." in key for key in keys):
+        return
+    for start, family in TELLTALES.items():
+        if key := next((key for key in keys if key.removeprefix("model.diffusion_model.").startswith(start)), None):
+            raise ValueError(
+                f"{path}: this is a {family} checkpoint (key '{key}'); expected SD3 or SD3.5 in Stability's layout"
+            )
+
+
 def from_stability(key, read, config):
     """One tensor of Stability's file -> {diffusers' name: tensor}; an unknown key keeps its name, which no model has."""
     stem, dot, kind = key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "")
@@ -348,7 +382,9 @@ def stability_config(shapes, path):
     dual = {int(match[1]) for key in shapes if (match := re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", key))}
     try:
         dim, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        side = math.isqrt(shapes["pos_embed"][1])
         return Config(
+            sample_size=min(128, side * patch),  # 128 (1024 px) in every release, of which nothing in the file tells
             patch_size=patch,
             in_channels=channels,
             out_channels=shapes["final_layer.linear.weight"][0] // patch**2,
@@ -357,7 +393,7 @@ def stability_config(shapes, path):
             joint_attention_dim=shapes["context_embedder.weight"][1],
             pooled_projection_dim=shapes["y_embedder.mlp.0.weight"][1],
             caption_projection_dim=shapes["context_embedder.weight"][0],
-            pos_embed_max_size=math.isqrt(shapes["pos_embed"][1]),
+            pos_embed_max_size=side,
             dual_attention_layers=sorted(dual),
             qk_norm="rms_norm" if any(".ln_q." in key for key in shapes) else None,
         )

@@ -1,0 +1,117 @@
+"""Prompts to token ids, as the text encoders of SD3 and the CLIP models of the rewards were trained to see them.
+
+A tokenizer folder has tokenizer_config.json and either tokenizer.json or CLIP's vocab.json and merges.txt; the ids are those that
+transformers makes of it.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from nano_adrpo import weights
+
+
+class PromptTokenizer:
+    """Every prompt becomes one length, padded with the folder's `pad_token`: SD3's are "<|endoftext|>" (CLIP-L), "!" (bigG) and
+    "<pad>" (T5)."""
+
+    def __init__(self, path):
+        path = Path(path)
+        self.files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+        self.config = weights.read_json(path / "tokenizer_config.json")
+        if "special_tokens_map.json" in self.files:  # of older folders, where it has the last word
+            special = weights.read_json(path / "special_tokens_map.json")
+            self.config = special | self.config if "added_tokens_decoder" in self.config else self.config | special
+        source = path / "tokenizer.json"
+        if source.name not in self.files:
+            if "vocab.json" not in self.files:
+                raise FileNotFoundError(f"{source}: no such file, nor CLIP's vocab.json and merges.txt")
+            source = path / "vocab.json"
+        weights.read_json(source)  # a damaged file is named
+        try:
+            self.tokenizer = clip_tokenizer(path, self.config) if source.stem == "vocab" else Tokenizer.from_file(str(source))
+            mark_special(self.tokenizer, self.config)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # the tokenizers library raises nothing more specific
+            raise ValueError(f"{source}: not a tokenizer ({error})") from None
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        pad = self.config.get("pad_token")
+        self.pad = self.tokenizer.token_to_id(_content(pad)) if pad else None
+        if self.pad is None:
+            raise ValueError(f"{path / 'tokenizer_config.json'}: 'pad_token' is {pad!r}; expected a token of {source.name}")
+        self.reported = set()  # prompts whose loss of words was reported
+
+    def __call__(self, prompts, length):
+        """B strings -> ids [B, length]: begin, words, end, padding. A longer prompt loses words before its end token, with a
+        warning the first time."""
+        rows, cut = [], {}
+        for prompt, encoding in zip(prompts, self.tokenizer.encode_batch(list(prompts))):
+            ids = encoding.ids
+            if len(ids) > length:
+                cut |= {} if prompt in self.reported else {prompt: len(ids)}
+                ids = ids[: length - 1] + ids[-1:]
+            rows.append(ids + [self.pad] * (length - len(ids)))
+        if cut:
+            self.reported.update(cut)
+            (prompt, count), others = next(iter(cut.items())), f" (and {len(cut) - 1} more)" if len(cut) > 1 else ""
+            prompt = prompt if len(prompt) <= 80 else prompt[:79] + "…"
+            warnings.warn(f"the prompt {prompt!r} has {count} tokens and is cut to {length}{others}", stacklevel=2)
+        return torch.tensor(rows)
+
+    def save_pretrained(self, path):
+        """Writes the folder as it was read."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            weights.write_bytes(Path(path) / name, content)
+
+
+# The small files of a tokenizer folder: read with it and written again.
+FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+
+
+def _content(token):
+    return token["content"] if isinstance(token, dict) else token
+
+
+def clip_tokenizer(path, config):
+    """CLIP's byte-pair encoding (Radford et al. 2021) from vocab.json and merges.txt: text is lower-cased and its white space
+    one blank; words, single digits and runs of punctuation are encoded apart, each ending in </w>."""
+    if not (path / "merges.txt").is_file():
+        raise FileNotFoundError(f"{path / 'merges.txt'}: no such file; vocab.json needs it")
+    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    names = {name: _content(config.get(name) or "<|endoftext|>") for name in ("unk_token", "eos_token")}
+    names["bos_token"] = _content(config.get("bos_token") or "<|startoftext|>")
+    vocabulary = weights.read_json(path / "vocab.json")
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=names["unk_token"]))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    begin, end = ((name, vocabulary[name]) for name in (names["bos_token"], names["eos_token"]))
+    tokenizer.post_processor = processors.RobertaProcessing(end, begin, trim_offsets=False, add_prefix_space=False)
+    return tokenizer
+
+
+def mark_special(tokenizer, config):
+    """Makes the special tokens that the config lists be found in the text too, as transformers does: with "!" as padding,
+    every "!" of a prompt is that token."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    listed = [*config.get("added_tokens_decoder", {}).values()]
+    named = [config[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(name)]
+    special = {_content(token): token for token in named} | {_content(token): token for token in listed}  # the last one counts
+    for content, token in special.items():
+        options = token if isinstance(token, dict) else {}
+        flags = {flag: options[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized") if flag in options}
+        if content not in known and tokenizer.token_to_id(content) is not None:
+            tokenizer.add_special_tokens([AddedToken(content, special=True, **flags)])
