@@ -1,49 +1,254 @@
-"""Reward functions: (images [N, C, H, W] in [−1, 1], N prompts) -> rewards [N], float32. Higher is better."""
+"""Rewards of images, by name. Each is called with images [N, C, H, W] in [−1, 1], of any size, and N prompts, and gives [N],
+float32; higher is better.
 
+| name | what it is | FOLDER |
+| --- | --- | --- |
+| clip_score | 100 · cosine of CLIP's embeddings of image and prompt (Hessel et al. 2021, 2104.08718) | clip-vit-large-patch14 |
+| pick_score | CLIP's temperature · cosine, trained on people's choices (Kirstain et al. 2023, 2305.01569) | PickScore_v1 |
+| aesthetic | LAION's improved predictor: an MLP on CLIP's image embedding, whatever the prompt | clip-vit-large-patch14 |
+| blip_score | cosine of BLIP's embeddings of image and prompt (Li et al. 2022, 2201.12086) | blip-itm-base-coco |
+| blip_itm | the probability, by BLIP's cross-attention, that the prompt describes the image | blip-itm-base-coco |
+| image_reward | a score of people's preferences on BLIP (Xu et al. 2023, 2304.05977) | ImageReward |
+
+A folder is what the public release is: transformers' layout, for aesthetic with aesthetic.safetensors in it, and for image_reward
+ImageReward.safetensors, med_config.json and bert-base-uncased's vocab.txt or tokenizer.json. The two that are released as
+pickles are converted once:
+
+    python -m nano_adrpo.weights convert sac+logos+ava1-l14-linearMSE.pth clip-vit-large-patch14/aesthetic.safetensors
+    python -m nano_adrpo.weights convert ImageReward.pt ImageReward/ImageReward.safetensors
+
+On the command line a reward is NAME:FOLDER, several are added up, and @ gives a weight: `--reward clip_score:FOLDER
+pick_score:FOLDER@0.5`. A reward of your own is a function in a file, FILE.py:FUNCTION, for example in mine.py
+
+    def bright(images, prompts):
+        '''The mean of all pixels: 0 for black, 1 for white.'''
+        return (images.mean(dim=(1, 2, 3)) + 1) / 2
+
+which `--reward mine.py:bright` calls.
+"""
+
+import contextlib
+import runpy
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from nano_adrpo import weights
+from nano_adrpo.images import preprocess
+from nano_adrpo.models import blip
 from nano_adrpo.models.clip import CLIP
 from nano_adrpo.prompts import PromptTokenizer
 
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # OpenAI's, of its own images
 
-class ClipScore:
-    """100 · cosine of CLIP's image and text embeddings (the paper's ClipScore). A transformers CLIPModel folder with
-    tokenizer.json, tokenizer_config.json and preprocessor_config.json."""
 
-    def __init__(self, path, device=None):
-        self.model = CLIP.from_pretrained(path, torch.float32, device).requires_grad_(False)
+class ImageModel(nn.Module):
+    """A frozen model that looks at pixels of one size and normalisation."""
+
+    def __init__(self, model, size, mean, std, crop):
+        super().__init__()
+        self.model, self.size, self.crop = model.requires_grad_(False), size, crop
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    @property
+    def device(self):
+        return self.mean.device
+
+    def pixels(self, images):
+        """[N, C, H, W] in [−1, 1] -> what the model expects, in its dtype and on its device."""
+        pixels = preprocess(images.to(self.device), self.size, self.mean, self.std, self.crop)
+        return pixels.to(next(self.model.parameters()).dtype)
+
+
+class ClipScore(ImageModel):
+    """100 · cosine of CLIP's image and text embeddings (the paper's ClipScore), in float32. A transformers CLIPModel folder with
+    its tokenizer and preprocessor_config.json."""
+
+    def __init__(self, path, dtype=torch.float32, device=None):
+        model = CLIP.from_pretrained(path, dtype, device)
+        super().__init__(model, model.config.vision_config.image_size, *normalisation(path), crop=True)
         self.tokenizer = PromptTokenizer(path)
-        where = Path(path) / "preprocessor_config.json"
-        values = weights.read_json(where)
-        if not {"image_mean", "image_std"} <= values.keys():
-            raise ValueError(f"{where}: keys 'image_mean' and 'image_std' are missing; expected a number per channel each")
-        self.mean = torch.tensor(values["image_mean"], device=device)[:, None, None]
-        self.std = torch.tensor(values["image_std"], device=device)[:, None, None]
+        self.to(device)
 
     @torch.no_grad()
-    def __call__(self, images, prompts):
+    def forward(self, images, prompts):
+        return 100 * self.cosine(images, prompts)
+
+    def cosine(self, images, prompts):
         text = F.normalize(self.embed_prompts(prompts), dim=1)
-        return 100 * (F.normalize(self.embed_images(images), dim=1) * text).sum(dim=1)
+        return (F.normalize(self.embed_images(images), dim=1) * text).sum(dim=1)
 
     @torch.no_grad()
     def embed_images(self, images):
-        """[N, C, H, W] -> [N, P], projected, not normalised."""
-        size = self.model.config.vision_config.image_size
-        if images.shape[-2:] != (size, size):  # the shorter side to `size`, then the centre
-            scale = size / min(images.shape[-2:])
-            height, width = (max(size, round(side * scale)) for side in images.shape[-2:])
-            images = F.interpolate(images.float(), (height, width), mode="bicubic", antialias=True)
-            top, left = (height - size) // 2, (width - size) // 2
-            images = images[..., top : top + size, left : left + size]
-        return self.model.encode_image(((images.float().clamp(-1, 1) + 1) / 2 - self.mean) / self.std)
+        """[N, C, H, W] -> [N, P], projected, not normalised, float32."""
+        return self.model.encode_image(self.pixels(images)).float()
 
     @torch.no_grad()
     def embed_prompts(self, prompts):
-        """N strings -> [N, P], projected, not normalised; each distinct prompt is encoded once."""
+        """N strings -> [N, P], projected, not normalised, float32; each distinct prompt is encoded once."""
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         ids = self.tokenizer(distinct, self.model.config.text_config.max_position_embeddings)
-        return self.model.encode_text(ids.to(self.mean.device))[[distinct[prompt] for prompt in prompts]]
+        return self.model.encode_text(ids.to(self.device)).float()[[distinct[prompt] for prompt in prompts]]
+
+
+class PickScore(ClipScore):
+    """exp(logit_scale) · cosine: CLIP's own logit, which in PickScore_v1 is about 20 (the paper reports 19 to 23)."""
+
+    @torch.no_grad()
+    def forward(self, images, prompts):
+        return self.model.logit_scale.float().exp() * self.cosine(images, prompts)
+
+
+class Aesthetic(ClipScore):
+    """LAION's improved aesthetic predictor, about 1 … 10: a linear map in five layers (no activations in between) of the
+    normalised image embedding. A CLIP ViT-L/14 folder with aesthetic.safetensors, the converted predictor, in it."""
+
+    def __init__(self, path, dtype=torch.float32, device=None):
+        super().__init__(path, dtype, device)
+        width = self.model.config.projection_dim
+        with torch.device("meta"):  # the release has dropout at 1, 3 and 5
+            layers = [nn.Linear(width, 1024), nn.Identity(), nn.Linear(1024, 128), nn.Identity(), nn.Linear(128, 64)]
+            head = nn.ModuleDict({"layers": nn.Sequential(*layers, nn.Identity(), nn.Linear(64, 16), nn.Linear(16, 1))})
+        file = Path(path) / "aesthetic.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; it is the converted predictor (see nano_adrpo/rewards.py)")
+        self.head = weights.load(head, weights.Checkpoint(file), torch.float32, device).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images, prompts):
+        return self.head["layers"](F.normalize(self.embed_images(images), dim=1))[:, 0]
+
+
+class BlipScore(ImageModel):
+    """Cosine of BLIP's image and text embeddings, or (itm=True) the probability that image and text match. A transformers
+    BlipForImageTextRetrieval folder with its tokenizer and preprocessor_config.json."""
+
+    def __init__(self, path, dtype=torch.float32, device=None, itm=False):
+        model = blip.BLIP.from_pretrained(path, dtype, device)
+        super().__init__(model, model.config.vision_config.image_size, *normalisation(path), crop=False)
+        self.tokenizer, self.itm = blip.BertTokenizer(path), itm
+        self.to(device)
+
+    @torch.no_grad()
+    def forward(self, images, prompts):
+        text, pixels = [x.to(self.device) for x in self.tokenizer(prompts)], self.pixels(images)
+        if self.itm:
+            return self.model.match(pixels, *text)
+        image, text = self.model.encode_image(pixels).float(), self.model.encode_text(*text).float()
+        return F.cosine_similarity(image, text)
+
+
+class ImageReward(ImageModel):
+    """ImageReward v1.0, in deviations from the mean of its training set. A folder as the module's docstring has it."""
+
+    def __init__(self, path, dtype=torch.float32, device=None):
+        model = blip.ImageReward.from_pretrained(path, dtype, device)
+        super().__init__(model, model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD, crop=True)
+        self.tokenizer = blip.BertTokenizer(path)
+        self.to(device)
+
+    @torch.no_grad()
+    def forward(self, images, prompts):
+        return self.model(self.pixels(images), *(x.to(self.device) for x in self.tokenizer(prompts)))
+
+
+def normalisation(path):
+    """-> mean and deviation per channel from preprocessor_config.json."""
+    where = Path(path) / "preprocessor_config.json"
+    values = weights.read_json(where)
+    if not {"image_mean", "image_std"} <= values.keys():
+        raise ValueError(f"{where}: keys 'image_mean' and 'image_std' are missing; expected a number per channel each")
+    return values["image_mean"], values["image_std"]
+
+
+NAMES = {
+    "clip_score": ClipScore,
+    "pick_score": PickScore,
+    "aesthetic": Aesthetic,
+    "blip_score": BlipScore,
+    "blip_itm": lambda *where: BlipScore(*where, itm=True),
+    "image_reward": ImageReward,
+}
+
+
+class Rewards(nn.Module):
+    """A weighted sum of rewards."""
+
+    def __init__(self, parts):
+        """parts: {name: (reward, its weight)}"""
+        super().__init__()
+        self.rewards = {name: reward for name, (reward, _) in parts.items()}
+        self.weights = {name: weight for name, (_, weight) in parts.items()}
+        self.models = nn.ModuleList(reward for reward in self.rewards.values() if isinstance(reward, nn.Module))
+
+    def forward(self, images, prompts):
+        """-> {"reward": the sum [N], and each part under its name where they are several}, on the CPU.
+
+        Raises ValueError for a reward of a wrong length, FloatingPointError for one that is no finite number."""
+        scores = {}
+        for name, reward in self.rewards.items():
+            values = torch.as_tensor(reward(images, prompts), dtype=torch.float32).cpu()
+            if values.shape != (len(prompts),):
+                raise ValueError(f"{name} gave rewards of shape {list(values.shape)}; expected [{len(prompts)}], one an image")
+            if not values.isfinite().all():
+                prompt = prompts[int((~values.isfinite()).nonzero()[0])]
+                raise FloatingPointError(f"a reward of the prompt {prompt!r} is not finite ({name})")
+            scores[name] = values
+        total = sum(self.weights[name] * values for name, values in scores.items())
+        return {"reward": total, **(scores if len(scores) > 1 else {})}
+
+    def embed_images(self, images):
+        """CLIP's image embeddings [N, P] for the diversity, or None where no reward is CLIP's."""
+        clip = next((model for model in self.models if isinstance(model, ClipScore)), None)
+        return clip and clip.embed_images(images).cpu()
+
+    @contextlib.contextmanager
+    def on(self, device):
+        """Inside, the models are on `device`, and afterwards on the CPU again: a GPU holds them only while they score."""
+        try:
+            yield self.to(device)
+        finally:
+            self.to("cpu")
+
+
+def parse(specs, dtype=torch.float32):
+    """The rewards that a command line names, each NAME:FOLDER, FILE.py:FUNCTION or, for clip_score, FOLDER alone, with @WEIGHT
+    behind it or not. Raises ValueError naming the one that is wrong."""
+    parts = {}
+    for spec in specs:
+        what, at, weight = spec.rpartition("@")
+        what, weight = (what, number(weight)) if at and number(weight) is not None else (spec, 1.0)
+        kind, _, where = what.partition(":") if what.partition(":")[0] in NAMES else what.rpartition(":")
+        if kind in NAMES:
+            name, reward = kind, NAMES[kind](where, dtype)
+        elif kind.endswith(".py"):
+            name, reward = where, function(kind, where)
+        elif Path(what).is_dir():
+            name, reward = "clip_score", ClipScore(what, dtype)
+        else:
+            names = ", ".join(NAMES)
+            raise ValueError(f"reward {spec!r}: expected NAME:FOLDER, NAME one of {names}; FILE.py:FUNCTION; or a CLIP folder")
+        if name in parts:
+            raise ValueError(f"reward {spec!r}: {name} is named twice")
+        parts[name] = reward, weight
+    return Rewards(parts)
+
+
+def number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def function(file, name):
+    """The function `name` of a Python file of the user's."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected one with the reward function {name!r}")
+    found = runpy.run_path(file).get(name)
+    if not callable(found):
+        raise ValueError(f"{file}: no function {name!r} in it")
+    return found
