@@ -11,6 +11,7 @@ and the trade-off pictures, reward against diversity and against divergence.
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -99,7 +100,8 @@ def main(argv=None):
     if len(chosen) < len(rows):
         text += f"Every setting at its best learning rate, by {comparison.judge}:\n\n{table(chosen)}\nEvery learning rate:\n\n"
     (out / "table.md").write_text(text + table(rows), encoding="utf-8")
-    pictures(chosen, comparison, out)
+    for x in comparison.across:
+        pictures(chosen, x, comparison.up, out / f"reward_{x}.png")
     print((out / "table.md").read_text(encoding="utf-8"))
 
 
@@ -175,36 +177,41 @@ def best_rates(rows, judge):
     return [max((row for row in rows if row["setting"] == name), key=lambda row: row["final"][judge][0]) for name in settings]
 
 
-def table(rows):
-    """Markdown: the start, then a line per row."""
+def table(rows, start="base"):
+    """Markdown: what all rows start from, under the name `start` (None: without), then a line per row."""
     metrics, rates = list(rows[0]["final"]), rows[0]["lr"] is not None
     lines = ["| setting | " + "lr | " * rates + " | ".join(metrics) + " |", "| --- " * (len(metrics) + 1 + rates) + "|"]
-    lines.append("| base | " + "– | " * rates + " | ".join(f"{rows[0]['path'][0][metric]:.3g}" for metric in metrics) + " |")
+    if start:
+        cells = [f"{rows[0]['path'][0][metric]:.3g}" for metric in metrics]
+        lines.append(f"| {start} | " + "– | " * rates + " | ".join(cells) + " |")
     for row in rows:
-        cells = [f"{mean:.3g} ± {error:.1g}" for mean, error in row["final"].values()]
+        cells = [cell(*row["final"].get(metric, (math.nan, math.nan))) for metric in metrics]
         lines.append(f"| {row['setting']} | " + (f"{row['lr']:g} | " if rates else "") + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def pictures(rows, comparison, out):
-    """The settings' mean trajectories, coloured by method and named by strength."""
+def cell(mean, error):
+    """A number and its error, where it has them."""
+    return "–" if math.isnan(mean) else f"{mean:.3g}" if math.isnan(error) else f"{mean:.3g} ± {error:.1g}"
+
+
+def pictures(rows, x, up, file):
+    """The settings' mean trajectories, coloured by method and named by strength: a panel for each metric of `up` against x."""
+    if not (plt := plots.pyplot(file)):
+        return
     methods = list(dict.fromkeys(row["setting"].split()[0] for row in rows))
-    for x in comparison.across:
-        file = out / f"reward_{x}.png"
-        if not (plt := plots.pyplot(file)):
-            continue
-        figure, axes = plt.subplots(1, len(comparison.up), figsize=(6 * len(comparison.up), 5), squeeze=False)
-        for axis, y in zip(axes[0], comparison.up):
-            for row in rows:
-                plots.trajectory(axis, row["path"], x, y, f"C{methods.index(row['setting'].split()[0])}")
-                end = row["path"][-1][x], row["path"][-1][y]
-                axis.annotate(row["setting"].split(maxsplit=1)[-1], end, (6, 3), textcoords="offset points", fontsize=6)
-            if x in ("w2", "kl_k1"):  # divergences differ by orders of magnitude, and start at 0
-                axis.set_xscale("symlog", linthresh=0.01)
-            for index, method in enumerate(methods):
-                axis.scatter([], [], color=f"C{index}", marker="*", s=120, label=method)
-            axis.legend()
-        plots.save(plt, figure, file)
+    figure, axes = plt.subplots(1, len(up), figsize=(6 * len(up), 5), squeeze=False)
+    for axis, y in zip(axes[0], up):
+        for row in rows:
+            plots.trajectory(axis, row["path"], x, y, f"C{methods.index(row['setting'].split()[0])}")
+            end = row["path"][-1][x], row["path"][-1][y]
+            axis.annotate(row["setting"].split(maxsplit=1)[-1], end, (6, 3), textcoords="offset points", fontsize=6)
+        if x in ("w2", "kl_k1"):  # divergences differ by orders of magnitude, and start at 0
+            axis.set_xscale("symlog", linthresh=0.01)
+        for index, method in enumerate(methods):
+            axis.scatter([], [], color=f"C{index}", marker="*", s=120, label=method)
+        axis.legend()
+    plots.save(plt, figure, file)
 
 
 if __name__ == "__main__":

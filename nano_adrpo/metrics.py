@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 from nano_adrpo.adrpo import squared_error
 
@@ -15,9 +16,29 @@ def group_diversity(features, group_size):
     """
     if group_size < 2 or len(features) % group_size:
         raise ValueError(f"{len(features)} samples do not form groups of {group_size}; expected groups of at least 2")
-    groups = features.double().reshape(-1, group_size, features.shape[-1])  # [P, G, D]
-    difference = groups[:, :, None] - groups[:, None]  # [P, G, G, D]
-    return difference.norm(dim=-1).sum(dim=(1, 2)).mean().item() / (group_size * (group_size - 1))
+    distances = []  # of P groups, [G, G] each: one group at a time, since pixels of large images are many
+    for group in features.reshape(-1, group_size, features.shape[-1]):
+        group = group.double()
+        distances.append(torch.stack([(sample - group).norm(dim=-1) for sample in group]))
+    return torch.stack(distances).sum(dim=(1, 2)).mean().item() / (group_size * (group_size - 1))
+
+
+def of_images(images, scores, embeddings, group_size, normalize=True):
+    """What the tables say of drawn images: means of the rewards, and two diversities.
+
+    images      [N, C, H, W], those of one prompt contiguous
+    scores      {name: rewards [N]}
+    embeddings  CLIP's of the images, projected, [N, P]; or None, and then there is no clip_diversity
+    normalize   True: of embeddings of length 1, at most 2. False: of the embeddings as they are projected. The paper reports
+                about 5, which is the latter's scale if CLIP L/14's image embeddings are about 10 long and two images of one
+                prompt have a cosine of about 0.87 (10·√(2 − 2·0.87) = 5.1): an argument, not a measurement
+    """
+    values = {name: rewards.mean().item() for name, rewards in scores.items()}
+    if embeddings is not None:
+        embeddings = F.normalize(embeddings) if normalize else embeddings
+        values["clip_diversity"] = group_diversity(embeddings, group_size)
+    values["pixel_diversity"] = group_diversity(images.flatten(1) / images[0].numel() ** 0.5, group_size)
+    return values
 
 
 def w2_divergence(v, v_ref):

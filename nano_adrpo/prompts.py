@@ -113,7 +113,7 @@ class PromptEncoder:
         index = {}
         parts = [*zip(("", "_2"), self.clips, self.tokenizers)] + ([("_3", self.t5, self.t5_tokenizer)] if self.t5 else [])
         for suffix, encoder, tokenizer in parts:
-            if not any(parameter.is_meta for parameter in encoder.parameters()):  # as a streamed one's are
+            if not (encoder is self.t5 and encoder.read_block):
                 encoder.save_pretrained(path / f"text_encoder{suffix}")
             tokenizer.save_pretrained(path / f"tokenizer{suffix}")
             name = "T5EncoderModel" if encoder is self.t5 else "CLIPTextModelWithProjection"
@@ -124,6 +124,32 @@ class PromptEncoder:
         if self.t5_tokens and not self.t5:
             index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
         return index
+
+
+def read_prompts(file):
+    """The prompts of a file: one a line, or in a .jsonl file a JSON object with "prompt" a line; empty lines are passed over.
+    Raises FileNotFoundError, or ValueError naming the file and the line."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected prompts, one a line")
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not a text file in UTF-8 ({error})") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not (line := line.strip()):
+            continue
+        if Path(file).suffix == ".jsonl":
+            try:
+                line = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                line = None
+            if not isinstance(line, str):
+                raise ValueError(f'{file}, line {number}: expected a JSON object with a text "prompt"')
+        prompts.append(line)
+    if not prompts:
+        raise ValueError(f"{file}: no prompts in it; expected one a line")
+    return prompts
 
 
 def _distinct(prompts):

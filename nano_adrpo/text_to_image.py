@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nano_adrpo import weights
+from nano_adrpo import ode, weights
 from nano_adrpo.models.mmdit import MMDiT
 from nano_adrpo.models.vae import Autoencoder
 from nano_adrpo.prompts import PromptEncoder
@@ -69,6 +69,22 @@ class TextToImage:
         sigma = 1 - torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         condition = condition.to(x.device, dtype)
         return -self.transformer(x.to(dtype), sigma, condition.context, condition.pooled).to(x.dtype)
+
+    def times(self, steps, shift=None):
+        """The steps + 1 times at which the model is to be sampled: SD3's own grid, or in pixel space `ode.time_grid`. shift None
+        is the model's own."""
+        grid = ode.sd3_time_grid if self.vae else ode.time_grid
+        return grid(steps, self.shift if shift is None else shift, device=self.device)
+
+    @torch.no_grad()
+    def sample(self, x0, condition, times, negative=None, guidance=1.0, method="euler"):
+        """Noise x0 [B, C, H, W] -> latents like x0, along the model's ODE.
+
+        condition, negative   Conditions of B prompts each: what to draw and, for a guidance other than 1, what to lead away from
+        times, method         see ode.sample; guidance: see ode.guide
+        """
+        velocity = ode.guide(lambda x, t: self.velocity(x, t, condition), lambda x, t: self.velocity(x, t, negative), guidance)
+        return ode.sample(velocity, x0, times, method)
 
     @torch.no_grad()
     def decode(self, latents, tile=None):
