@@ -2,25 +2,26 @@
 
     python train_flow.py                                             # the digits demo, on the CPU
     python train_flow.py --method fixed-beta --out runs/fixed        # a baseline: the same loss, other coefficients
-    python train_flow.py --model FOLDER --reward CLIP_FOLDER --prompts FILE --device cuda --dtype bfloat16 --out runs/mine
+    python train_flow.py --model SD3_FOLDER --reward clip_score:CLIP_FOLDER --prompts prompts.txt --resolution 512 \\
+        --ode-steps 28 --shift 3 --guidance 5 --lora-rank 32 --micro-batch 8 --rollout-batch 16 --gradient-checkpointing \\
+        --device cuda --dtype bfloat16 --out runs/sd3                # SD3, adapters only
 
 One round: draw prompts, roll out a group of images for each by integrating the policy's ODE, reward them, turn rewards into
-advantages, take a few gradient steps on fresh times and noises, log. The reference is a frozen copy of the policy at the start.
-Written to --out: config.json, metrics.jsonl, model/ (the tuned model, in the layout it came in) and, with matplotlib,
-before_after.png and curves.png.
+advantages, take a few gradient steps on fresh times and noises, log. The reference is a frozen copy of the policy at the start
+or, with --lora-rank, the policy with its adapters off. Written to --out: config.json, metrics.jsonl, model/ (diffusers' layout)
+or adapter/ (PEFT's) and, with matplotlib, before_after.png and curves.png.
 """
 
+import argparse
+import contextlib
 import copy
 import json
 import math
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from nano_adrpo import adrpo, metrics, ode, plots, runtime, weights
+from nano_adrpo import adrpo, evaluate, lora, metrics, ode, plots, prompts, rewards, runtime, weights
 from nano_adrpo.demo import digits
-from nano_adrpo.rewards import ClipScore
 from nano_adrpo.runtime import positive
 from nano_adrpo.text_to_image import TextToImage
 
@@ -42,25 +43,52 @@ def parse(argv=None):
     add("--group-size", type=positive(int), default=8, help="samples per prompt, at least 2")
     add("--ode-steps", type=positive(int), default=10, help="integration steps from noise to image")
     add("--ode-method", choices=tuple(ode.EVALUATIONS), default="euler", help="integrator")
-    add("--shift", type=positive(float), default=1.0, help="time-grid shift; SD3 uses 3 at 1024 px")
-    add("--guidance", type=positive(float), default=1.0, help="classifier-free guidance scale; 1 is none")
+    add("--shift", type=positive(float), help="time-grid shift; default the model's own: 3 in SD3, 1 in pixel space")
+    add("--guidance", type=positive(float), default=1.0, help="classifier-free guidance scale of rollouts; 1 is none")
+    add("--negative-prompt", default="", help="what guidance leads away from")
+    add("--resolution", type=positive(int), help="side of the images in pixels; default the model's own")
+    add("--rollout-batch", type=positive(int), help="samples at a time in rollouts and their rewards; default all")
     add = parser.add_argument_group("optimisation").add_argument
     add("--rounds", type=positive(int), default=80, help="rounds of rollouts")
     add("--inner-steps", type=positive(int), default=4, help="gradient steps a round")
     add("--lr", type=positive(float), default=1e-4, help="Adam's learning rate")
     add("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
     add("--micro-batch", type=positive(int), help="samples (dpo: pairs) per forward pass; must divide a round's; default all")
+    add("--gradient-checkpointing", action="store_true", help="keep block inputs only and recompute the rest: less memory")
+    add("--lora-rank", type=positive(int, zero=True), default=0, help="rank of adapters to train; 0 trains all weights")
+    add("--lora-alpha", type=positive(float), help="the adapters' strength is alpha / rank; default the rank")
+    add("--lora-targets", nargs="+", help="names of layers to adapt; default the attention's: " + " ".join(lora.MMDIT_TARGETS))
+    add(
+        "--ema",
+        type=decay,
+        default=0.0,
+        help="decay of a moving average of what is trained, which is evaluated and saved; 0: none",
+    )
+    add("--compile", action="store_true", help="torch.compile the transformer")
     add = parser.add_argument_group("inputs").add_argument
-    add("--model", default=str(digits.HERE / "base"), help="folder in diffusers' SD3 pipeline layout")
-    add("--reward", default=str(digits.HERE / "clip"), help="CLIP folder whose ClipScore is the reward, 0 … 100")
-    add("--prompts", help="text file, one prompt a line; default: the demo's 40 prompts, with the demo's judge")
+    add(
+        "--model",
+        default=str(digits.HERE / "base"),
+        help="folder in diffusers' SD3 pipeline layout, or Stability's single file",
+    )
+    add("--base", help="such a folder for the parts that --model lacks, as a single file its tokenizers")
+    add(
+        "--t5",
+        choices=("load", "stream", "zeros"),
+        default="load",
+        help="SD3's T5: at once, layer by layer from disk, without it",
+    )
+    add("--reward", nargs="+", default=[str(digits.HERE / "clip")], help="NAME:FOLDER[@WEIGHT] …, see nano_adrpo/rewards.py")
+    add("--prompts", help="one prompt a line, or JSON lines with \"prompt\"; default: the demo's 40, with the demo's judge")
+    add("--embeddings", help="where embeddings of --prompts are kept for the next run; default PROMPTS.embeddings.safetensors")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/flow", help="new or empty folder for the run's files")
     add("--seed", type=int, default=0, help="of prompts, noises and times")
     add("--device", type=runtime.device, default="cpu", help="torch device")
-    add("--dtype", choices=tuple(runtime.DTYPES), default="float32", help="of forward passes; weights stay float32")
+    add("--dtype", choices=tuple(runtime.DTYPES), default="float32", help="of forward passes; what is trained stays float32")
     add("--eval-every", type=positive(int), default=20, help="rounds between evaluations, with a checkpoint each")
     add("--eval-samples", type=positive(int), default=8, help="samples per prompt in an evaluation, at least 2")
+    add("--keep-checkpoints", action="store_true", help="keep every checkpoint, as round-N/, and not the last alone")
     args = parser.parse_args(argv)
     for option in ("group_size", "eval_samples"):
         if getattr(args, option) < 2:
@@ -70,7 +98,23 @@ def parse(argv=None):
         count = args.prompts_per_round * units
         raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {count} {what} of a round")
     adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
+    if not args.lora_rank and (args.lora_alpha or args.lora_targets):
+        raise ValueError("--lora-alpha and --lora-targets: expected only with --lora-rank")
+    if args.lora_rank:
+        args.lora_alpha = args.lora_alpha or args.lora_rank
+        args.lora_targets = args.lora_targets or list(lora.MMDIT_TARGETS)
+    if args.embeddings and not args.prompts:
+        raise ValueError("--embeddings: expected only with --prompts")
+    if args.prompts:
+        args.embeddings = args.embeddings or f"{args.prompts}.embeddings.safetensors"
     return args
+
+
+def decay(text):
+    """An argparse type: a number from 0 up to and without 1."""
+    if not 0 <= (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number in [0, 1)")
+    return value
 
 
 def coefficients(args, rewards):
@@ -92,41 +136,67 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        self.prompts = read_prompts(args.prompts) if args.prompts else digits.PROMPTS
+        self.prompts = prompts.read_prompts(args.prompts) if args.prompts else digits.PROMPTS
         self.judge = None if args.prompts else digits.Judge.from_pretrained(digits.HERE / "judge")
-        self.policy = TextToImage.from_pretrained(args.model, torch.float32, args.device)
-        self.reference = copy.copy(self.policy)
-        self.reference.transformer = copy.deepcopy(self.policy.transformer).requires_grad_(False)
-        self.reward = ClipScore(args.reward, args.device)
-        self.optimizer = torch.optim.Adam(self.policy.transformer.parameters(), lr=args.lr)
-        self.times = ode.time_grid(args.ode_steps, args.shift, device=args.device)
+        self.reward = rewards.parse(args.reward)
+        dtype = runtime.DTYPES[args.dtype] if args.lora_rank else torch.float32  # weights that are trained are float32
+        texts, condition = [*self.prompts, args.negative_prompt], None  # the last row is what guidance leads away from
+        if args.prompts:  # the text encoders go before the rest comes, and stay on disk where the embeddings are there already
+            condition = prompts.cached(args.embeddings, texts, args.model, dtype, args.device, args.base, args.t5)
+        self.policy = TextToImage.from_pretrained(args.model, dtype, args.device, args.base, encoders=condition is None)
+        self.condition = condition or self.policy.encode(texts)
+        with runtime.about("--resolution"):
+            self.shape = self.policy.latent_shape_at(args.resolution) if args.resolution else self.policy.latent_shape
+        self.times = self.policy.times(args.ode_steps, args.shift)
         self.generator = torch.Generator().manual_seed(args.seed)  # on the CPU: every device draws the same numbers
-        self.condition = self.policy.encode([*self.prompts, ""])  # the last row is the empty prompt, for guidance
+        transformer, self.reference = self.policy.transformer, copy.copy(self.policy)
+        if args.lora_rank:
+            with runtime.about("--lora-targets"):
+                lora.add(transformer, args.lora_targets, args.lora_rank, args.lora_alpha, self.generator)
+        else:
+            self.reference.transformer = copy.deepcopy(transformer).requires_grad_(False)
+        transformer.gradient_checkpointing = args.gradient_checkpointing
+        if args.compile:
+            transformer.compile()
+        self.trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        self.average = runtime.MovingAverage(self.trained, args.ema)
+        self.optimizer = torch.optim.Adam(self.trained, lr=args.lr)
+        self.phases = runtime.Phases(args.device)
 
     def noise(self, count, generator):
-        return torch.randn(count, *self.policy.latent_shape, generator=generator).to(self.args.device)
+        return torch.randn(count, *self.shape, generator=generator).to(self.args.device)
+
+    def autocast(self):
+        dtype = runtime.DTYPES[self.args.dtype]
+        return torch.autocast(torch.device(self.args.device).type, dtype, enabled=dtype != torch.float32)
 
     def velocity(self, model, x, t, rows):
-        dtype = runtime.DTYPES[self.args.dtype]
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        with self.autocast():
             return model.velocity(x, t, self.condition[rows])
 
     @torch.no_grad()
+    def reference_velocity(self, x, t, rows):
+        """v_ref, of the policy at the start: a frozen copy, or the policy with its adapters off."""
+        with lora.disabled(self.policy.transformer) if self.args.lora_rank else contextlib.nullcontext():
+            return self.velocity(self.reference, x, t, rows)
+
+    @torch.no_grad()
     def roll_out(self, rows, x0):
-        """Prompt rows [N] and noise x0 [N, C, H, W] -> the policy's latents x1, images, rewards [N]."""
-        empty = torch.full_like(rows, -1)
-        velocity = ode.guide(
-            lambda x, t: self.velocity(self.policy, x, t, rows),
-            lambda x, t: self.velocity(self.policy, x, t, empty),
-            self.args.guidance,
-        )
-        x1 = ode.sample(velocity, x0, self.times, self.args.ode_method)
-        images = self.policy.decode(x1)
-        rewards = self.reward(images, [self.prompts[row] for row in rows])
-        if not rewards.isfinite().all():
-            prompt = self.prompts[rows[(~rewards.isfinite()).nonzero()[0, 0]]]
-            raise FloatingPointError(f"a reward of the prompt {prompt!r} is not finite")
-        return x1, images, rewards
+        """Prompt rows [N] and noise x0 [N, C, H, W] -> the policy's latents x1; its images and {name: rewards [N]}, on the CPU."""
+        x1, images, scores = [], [], []
+        parts = torch.arange(len(rows)).split(self.args.rollout_batch or len(rows))
+        with self.phases("rollout"), self.autocast():
+            for part in parts:
+                condition, negative = self.condition[rows[part]], self.condition[torch.full_like(part, -1)]
+                x1.append(
+                    self.policy.sample(x0[part], condition, self.times, negative, self.args.guidance, self.args.ode_method)
+                )
+        with self.phases("reward"), self.reward.on(self.args.device):  # at other times they are on the CPU
+            for part, latents in zip(parts, x1):
+                images.append(self.policy.decode(latents))
+                scores.append(self.reward(images[-1], [self.prompts[row] for row in rows[part]]))
+                images[-1] = images[-1].cpu()
+        return torch.cat(x1), torch.cat(images), {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
 
     def update(self, rows, x1, rewards):
         """`inner_steps` gradient steps on one round's samples. -> what to log of it."""
@@ -148,8 +218,7 @@ class Run:
                 part_t, part_x0 = (draw[part].repeat_interleave(units.shape[1], dim=0) for draw in (t, x0))
                 x_t, u = adrpo.interpolate(part_x0, x1[i], part_t)
                 v = self.velocity(self.policy, x_t, part_t, rows[i.cpu()])
-                with torch.no_grad():
-                    v_ref = self.velocity(self.reference, x_t, part_t, rows[i.cpu()])
+                v_ref = self.reference_velocity(x_t, part_t, rows[i.cpu()])
                 if args.method == "dpo":
                     loss = adrpo.flow_dpo_loss(v, u, v_ref, slice(0, None, 2), slice(1, None, 2), args.beta_dpo)
                 else:
@@ -157,10 +226,11 @@ class Run:
                 loss = loss * len(part) / len(units)
                 loss.backward()
                 total += loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.transformer.parameters(), args.clip_grad).item()
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, args.clip_grad).item()
             if not (math.isfinite(total) and math.isfinite(norm)):
                 raise FloatingPointError(f"loss {total}, gradient norm {norm}")
             self.optimizer.step()
+            self.average.update()
         values = {"loss": total, "grad_norm": norm}
         if args.method != "dpo":
             values |= {"beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item()}
@@ -169,21 +239,30 @@ class Run:
     @torch.no_grad()
     def evaluate(self):
         """-> metrics over every prompt, with the same noises each time and whatever the seed; the images, on the CPU."""
-        generator, size = torch.Generator().manual_seed(1_000_003), self.args.eval_samples
-        rows = torch.arange(len(self.prompts)).repeat_interleave(size)
-        x1, images, rewards = self.roll_out(rows, self.noise(len(rows), generator))
-        t = torch.rand(len(rows), generator=generator).to(x1.device)
-        x_t, _ = adrpo.interpolate(self.noise(len(rows), generator), x1, t)
-        v, v_ref = (self.velocity(model, x_t, t, rows) for model in (self.policy, self.reference))
-        values = {
-            "reward": rewards.mean().item(),
-            "clip_diversity": metrics.group_diversity(F.normalize(self.reward.embed_images(images)), size),
-            "pixel_diversity": metrics.group_diversity(images.flatten(1) / images[0].numel() ** 0.5, size),
-            "w2": metrics.w2_divergence(v, v_ref),
-        }
+        args, rows = self.args, torch.arange(len(self.prompts)).repeat_interleave(self.args.eval_samples)
+        x0, t, noise = (draw.to(args.device) for draw in evaluate.draws(len(rows), self.shape))
+        with self.average.applied():
+            x1, images, scores = self.roll_out(rows, x0)
+            x_t, _ = adrpo.interpolate(noise, x1, t)
+            parts = torch.arange(len(rows)).split(args.rollout_batch or len(rows))
+            v = torch.cat([self.velocity(self.policy, x_t[part], t[part], rows[part]) for part in parts])
+        v_ref = torch.cat([self.reference_velocity(x_t[part], t[part], rows[part]) for part in parts])
+        with self.reward.on(args.device):
+            embeddings = [self.reward.embed_images(images[part]) for part in parts]
+        embeddings = None if embeddings[0] is None else torch.cat(embeddings)
+        values = metrics.of_images(images, scores, embeddings, args.eval_samples) | {"w2": metrics.w2_divergence(v, v_ref)}
         if self.judge:
-            values |= self.judge.evaluate(images.cpu(), [self.prompts[row] for row in rows])
-        return values, images.cpu()
+            values |= self.judge.evaluate(images, [self.prompts[row] for row in rows])
+        return values, images
+
+    def save(self, folder):
+        """Writes what is trained. -> where"""
+        with self.average.applied():
+            if self.args.lora_rank:
+                lora.save(self.policy.transformer, folder / "adapter")
+                return folder / "adapter"
+            self.policy.save_pretrained(folder / "model")
+            return folder / "model"
 
 
 def main(argv=None):
@@ -202,16 +281,22 @@ def main(argv=None):
         with runtime.at_round(step, saved):
             rows = torch.randint(len(run.prompts), (args.prompts_per_round,), generator=run.generator)
             rows = rows.repeat_interleave(args.group_size)  # [N], the samples of one prompt contiguous
-            x1, _, rewards = run.roll_out(rows, run.noise(len(rows), run.generator))  # x1 ~ p_θ of this round
-            spread = rewards.reshape(-1, args.group_size).std(dim=1).mean().item()
+            x1, _, scores = run.roll_out(rows, run.noise(len(rows), run.generator))  # x1 ~ p_θ of this round
+            reward = scores["reward"].to(args.device)
+            spread = reward.reshape(-1, args.group_size).std(dim=1).mean().item()
             if step == 1:
                 print(f"β0 = {args.beta0:g}; the reward's standard deviation within a group is {spread:.3g} (A has its unit)")
-            values = {"reward": rewards.mean().item(), "reward_std": spread, **run.update(rows, x1, rewards)}
+            values = {name: score.mean().item() for name, score in scores.items()} | {"reward_std": spread}
+            with run.phases("update"):
+                values |= run.update(rows, x1, reward)
+            spent = run.phases.take()
             if step % args.eval_every == 0 or step == args.rounds:
                 values["eval"], after = run.evaluate()
-                run.policy.save_pretrained(out / "model")
-                saved = f"{out / 'model'} (round {step})"
-        log.write(step, values)
+                saved = f"{run.save(out)} (round {step})"
+                if args.keep_checkpoints:
+                    run.save(out / f"round-{step}")
+                run.phases.take()
+        log.write(step, values, spent)
 
     last = values["eval"]
     print("\n".join(f"{name:16s} {first[name]:8.4f} -> {last[name]:8.4f}" for name in first))
@@ -228,14 +313,6 @@ def picture(run, file, **panels):
     title = "{}: " + ", ".join(f"{name} {{{name}:.3g}}" for name in ("reward", "joint") if name != "joint" or run.judge)
     grids = {title.format(name, **values): images[rows] for name, (values, images) in panels.items()}
     plots.grids(file, grids, [run.prompts[row] for row in shown])
-
-
-def read_prompts(file):
-    """One prompt a line; empty lines are passed over."""
-    prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{file}: no prompts in it; expected one a line")
-    return prompts
 
 
 if __name__ == "__main__":
