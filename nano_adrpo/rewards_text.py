@@ -3,7 +3,6 @@
 Answers are numbers and compared exactly, as fractions: "1,234.50", "$1234.5" and "2469/2" are one number, and 0.3 is three
 tenths. Nothing is evaluated: an answer that is an expression is read for its numbers, not computed.
 """
-
 import json
 import re
 from fractions import Fraction
