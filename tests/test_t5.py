@@ -2,12 +2,14 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from nano_adrpo import weights
 from nano_adrpo.models import t5
 from nano_adrpo.models.t5 import Config, T5Encoder
 
@@ -73,6 +75,16 @@ def test_one_block_by_hand():
     assert (model(torch.tensor([ids]))[0].double() - torch.stack(out)).abs().max() < 1e-5
 
 
+def test_gradients_reach_every_weight_once_asked_for():
+    model = build()
+    assert not any(p.requires_grad for p in model.parameters())
+    frozen, model = model(tokens()), model.requires_grad_(True)
+    output = model(tokens())
+    assert (output - frozen).abs().max() < 1e-5
+    output.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+
+
 def test_padding_changes_nothing():
     model, ids = build(), tokens()
     alone = model(ids)
@@ -100,10 +112,21 @@ def test_a_single_file_tells_its_sizes(tmp_path, prefix, embeddings):
     tensors = {prefix + name: tensor for name, tensor in [*tensors.items(), *((name, table.clone()) for name in embeddings)]}
     if prefix:
         tensors["model.diffusion_model.pos_embed"] = torch.ones(3)
+    tensors[prefix.removesuffix("transformer.") + "logit_scale"] = torch.tensor(4.6)
     save_file(tensors, tmp_path / "t5xxl.safetensors")
     for stream in (False, True):
         model = T5Encoder.from_pretrained(tmp_path / "t5xxl.safetensors", stream=stream)
         assert model.config == Config(**SIZES) and torch.equal(model(tokens()), build()(tokens()))
+
+
+def test_dtypes_and_the_fp16_variant(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file({name: t.half() for name, t in tensors.items()}, folder / "model.fp16.safetensors")
+    for stream in (False, True):
+        model = T5Encoder.from_pretrained(folder, stream=stream)
+        assert {p.dtype for p in model.parameters()} == {torch.float16} and model(tokens()).dtype == torch.float16
+        assert T5Encoder.from_pretrained(folder, torch.float32, stream=stream)(tokens()).dtype == torch.float32
 
 
 def test_a_whole_t5_gives_its_encoder(folder):
@@ -120,27 +143,38 @@ def test_streamed_is_the_same_bit_for_bit_with_one_block_in_memory(folder, dtype
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     tiny.shards(folder, tensors, "model")
-    model, streamed = (T5Encoder.from_pretrained(folder, dtype, stream=stream) for stream in (False, True))
-    alive, most, forward = [], [], t5.Block.forward
+    expected, alive, most, read = T5Encoder.from_pretrained(folder, dtype)(tokens()), [], [0], weights.Checkpoint.read
 
-    def watched(block, x, bias):  # whose parameters are real while a block runs?
-        alive.append(block)
-        most.append(sum(p.device.type != "meta" for other in streamed.encoder["block"] for p in other.parameters()))
-        return forward(block, x, bias)
+    def watched(checkpoint, key, device=None):  # every tensor read for use, and how many numbers of them live at once
+        tensor = read(checkpoint, key, device)
+        if not tensor.is_meta:
+            alive.append(weakref.ref(tensor))
+            most.append(sum(t().numel() for t in alive if t() is not None))
+        return tensor
 
-    expected = model(tokens())
-    monkeypatch.setattr(t5.Block, "forward", watched)
-    assert torch.equal(streamed(tokens()), expected)
-    assert len(alive) == 3 and most == [10, 9, 9]  # of 28: one block's, the first with the table
-    assert all(p.device.type == "meta" for p in streamed.encoder["block"].parameters())
+    monkeypatch.setattr(weights.Checkpoint, "read", watched)
+    T5Encoder.from_pretrained(folder, dtype)  # the watch sees a model that is kept, where no copy is made
+    assert max(most) == sum(t.numel() for t in tensors.values()) or dtype
+    alive.clear(), most.clear()
+    streamed = T5Encoder.from_pretrained(folder, dtype, stream=True)
+    assert not alive and all(p.is_meta and p.dtype == expected.dtype for p in streamed.parameters())
+    for mask in (None, torch.ones(2, 9)):  # with gradients enabled as they are by default
+        assert torch.equal(streamed(tokens(), mask), expected)
+    assert len(alive) == 2 * (len(tensors) + 1)  # the table of distances twice
+    if dtype is None:  # where what is read is what is used
+        assert max(most) == sum(t.numel() for name, t in tensors.items() if name.startswith("encoder.block.0."))
+    assert not any(t() is not None for t in alive)
     assert expected.dtype == (dtype or torch.float32)
 
 
 def test_half_precision_is_near(folder):
     exact = build()(tokens())
     for dtype, error in ((torch.bfloat16, 0.05), (torch.float16, 0.005)):
-        model = T5Encoder.from_pretrained(folder, dtype)
+        model, seen = T5Encoder.from_pretrained(folder, dtype), []
+        for block in model.encoder["block"]:
+            block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].dtype))
         assert (model(tokens()).float() - exact).norm() / exact.norm() < error
+        assert seen == [torch.float32] * 3  # the sum over the blocks
     tensors = {
         name: 3000 * t if ".wo." in name or "DenseReluDense.wi_1" in name else t for name, t in build().state_dict().items()
     }
@@ -166,6 +200,13 @@ def test_the_full_size_files_fit(tmp_path):
     model = T5Encoder.from_pretrained(tmp_path / "t5xxl_fp16.safetensors", device="meta")
     assert sum(p.numel() for p in model.parameters()) == 4_762_310_656
     assert model.config == Config(32128, 4096, 64, 10240, 24, 64)
+    release = {t5.PREFIX + name: shape for name, shape in shapes.items()} | {t5.PREFIX + t5.ALIAS: (32128, 4096)}
+    release |= {"text_encoders.t5xxl.logit_scale": (), "model.diffusion_model.context_embedder.weight": (1536, 4096)}
+    tiny.headers_only(tmp_path / "sd3_medium_incl_clips_t5xxlfp16.safetensors", release)
+    for options in (dict(device="meta"), dict(stream=True)):  # neither reads a tensor
+        model = T5Encoder.from_pretrained(tmp_path / "sd3_medium_incl_clips_t5xxlfp16.safetensors", **options)
+        assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
+        assert all(p.is_meta and p.dtype == torch.float16 for p in model.parameters())
     folder, names = tmp_path / "text_encoder_3", sorted(shapes)
     folder.mkdir()
     for i in (0, 1):
@@ -199,8 +240,9 @@ def test_bad_tensors_are_named_before_anything_runs(folder, change, message, str
     "change, message",
     [
         ({"model_type": "umt5"}, "'model_type' is 'umt5'; expected 't5'"),
-        ({"feed_forward_proj": "relu"}, "'feed_forward_proj' is 'relu'; only 'gated-gelu'"),
-        ({"is_decoder": True}, "'is_decoder' is True; only False"),
+        ({"feed_forward_proj": "relu"}, "'feed_forward_proj' is 'relu'; expected 'gated-gelu'"),
+        ({"dense_act_fn": "gelu"}, "'dense_act_fn' is 'gelu'; expected 'gelu_new'"),
+        ({"is_decoder": True}, "'is_decoder' is True; expected False"),
         ({"num_heads": 0}, "key 'num_heads' is 0; expected a positive int"),
         ({"relative_attention_max_distance": 8}, "relative_attention_max_distance 8; expected"),
     ],
@@ -214,15 +256,48 @@ def test_bad_configs_are_named(folder, change, message):
 
 
 def test_other_refusals(folder, tmp_path):
-    with pytest.raises(ValueError, match="stream=True has its blocks on disk"):
+    with pytest.raises(ValueError, match="stream=True has no weights to save"):
         T5Encoder.from_pretrained(folder, stream=True).save_pretrained(tmp_path / "out")
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(2)}, tmp_path / "flux.safetensors")
-    with pytest.raises(ValueError, match="flux.safetensors: key .* is missing; expected the encoder of T5"):
+    with pytest.raises(ValueError, match="flux.safetensors: key 'encoder.block.0.*' is missing; expected the encoder of T5"):
         T5Encoder.from_pretrained(tmp_path / "flux.safetensors")
     tensors = {name: t.to(torch.float8_e4m3fn) for name, t in build().state_dict().items()}
     save_file(tensors, tmp_path / "t5xxl_fp8.safetensors")
-    with pytest.raises(ValueError, match="stored as torch.float8_e4m3fn; expected a dtype to compute in"):
+    with pytest.raises(
+        ValueError, match="fp8.safetensors: key '.*' is stored as torch.float8_e4m3fn; expected a dtype to compute"
+    ):
         T5Encoder.from_pretrained(tmp_path / "t5xxl_fp8.safetensors")
     for stream in (False, True):
         model = T5Encoder.from_pretrained(tmp_path / "t5xxl_fp8.safetensors", torch.bfloat16, stream=stream)
         assert model(tokens()).dtype == torch.bfloat16 and model(tokens()).isfinite().all()
+
+
+FIRST = "encoder.block.0.layer"
+
+
+@pytest.mark.parametrize("prefix", ["", t5.PREFIX])
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        (f"{FIRST}.0.SelfAttention.relative_attention_bias.weight", (32, 3), "shape [32, 3]; expected a column per head"),
+        (f"{FIRST}.0.SelfAttention.relative_attention_bias.weight", (64,), "shape [64]; expected a matrix"),
+        (f"{FIRST}.0.SelfAttention.relative_attention_bias.weight", None, "is missing; expected the encoder of T5"),
+        (f"{FIRST}.0.SelfAttention.k.weight", (10, 11), "shape [10, 11]; expected [10, 12]"),
+        (f"{FIRST}.1.DenseReluDense.wi_0.weight", None, "is missing; expected the encoder of T5"),  # as in T5 1.0
+        ("encoder.block.1.layer.1.DenseReluDense.wo.weight", (12, 19), "shape [12, 19]; expected [12, 20]"),
+        ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", (32, 2), "is not part"),  # as in umT5
+        ("shared.weight", (), "shape []; expected a matrix"),
+        ("scaled_fp8", (2,), "is not part of T5Encoder"),
+    ],
+)
+def test_bad_single_files_are_named(tmp_path, prefix, name, shape, message):
+    file, tensors = tmp_path / "t5.safetensors", build().state_dict()
+    tensors |= {name: torch.ones(shape)} if shape is not None else {}
+    if shape is None:
+        del tensors[name]
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, file)
+    for options in ({}, dict(stream=True), dict(device="meta")):
+        with pytest.raises(ValueError) as error:
+            T5Encoder.from_pretrained(file, **options)
+        assert str(error.value).startswith(f"{file}: key '{prefix}{name}' ") and message in str(error.value)
+        assert "\n" not in str(error.value)

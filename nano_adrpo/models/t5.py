@@ -6,8 +6,10 @@
   * the scores are not divided by √d: the weights were trained without
 
 Module names are transformers' (T5EncoderModel), so its folders load key by key, and so do the single files of that layout
-(t5xxl_fp16.safetensors, or the T5 inside Stability's SD3 file). In half precision the sum over the blocks is kept in float32,
-and in float16 the MLP's last product too: the largest of its numbers exceed 65,504.
+(t5xxl_fp16.safetensors, or the T5 inside Stability's SD3 file).
+
+In half precision the sum over the blocks is kept in float32, and in float16 the MLP's last product too: the largest of its
+numbers exceed 65,504. transformers does the same by keeping `wo` in float32; its clamping of what is still float16 is left out.
 """
 
 import dataclasses
@@ -22,9 +24,19 @@ from torch import nn
 from nano_adrpo import weights
 
 PREFIX = "text_encoders.t5xxl.transformer."  # in Stability's single file
+TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
 
 # What makes a T5 another computation, key by key of config.json: its default, and the only value implemented.
-ONLY = {"feed_forward_proj": ("relu", "gated-gelu"), "is_decoder": (False, False)}
+ONLY = {
+    "model_type": (None, "t5"),
+    "feed_forward_proj": ("relu", "gated-gelu"),
+    "dense_act_fn": ("gelu_new", "gelu_new"),  # the tanh GELU; where it is given, transformers obeys it and not the above
+    "is_decoder": (False, False),
+}
+
+# What may lie beside an encoder: the rest of a whole T5, and a number that files saved by ComfyUI carry and nothing reads.
+BESIDE = re.compile(r"decoder\..*|lm_head\.weight|logit_scale")
+ALIAS = "encoder.embed_tokens.weight"  # transformers' second name of shared.weight; t5xxl_fp16.safetensors holds both
 
 
 @dataclasses.dataclass
@@ -53,7 +65,8 @@ class Config:
 class T5Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config, self.read_block = config, None
+        self.config = config
+        self.read = None  # streaming: reads the tensor of a parameter, by its name
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = nn.ModuleDict(
             {
@@ -61,80 +74,69 @@ class T5Encoder(nn.Module):
                 "final_layer_norm": RMSNorm(config),
             }
         )
+        # SD3 trains no encoder, and fused attention takes a bias only where that needs no gradient. To train it all the same,
+        # requires_grad_(True); the kernel is then another, and the last bits of the outputs with it.
+        self.requires_grad_(False)
 
     def forward(self, ids, mask=None):
         """ids [B, L], mask [B, L] (1 at tokens, 0 at padding on either side; None: all tokens) -> [B, L, d_model]."""
-        blocks, table = self.encoder["block"], "layer.0.SelfAttention.relative_attention_bias.weight"
-        tensors = self.read_block(0) if self.read_block else dict(blocks[0].named_parameters())
-        bias = tensors[table][buckets(ids.shape[1], self.config).to(ids.device)].permute(2, 0, 1)  # [heads, L, L]
+        rows = buckets(ids.shape[1], self.config).to(ids.device)
+        bias = self.run(TABLE, rows).permute(2, 0, 1)[None]  # [1, heads, L, L]
         if mask is not None:  # the smallest number and not −∞, with which a row of padding alone would be NaN
             bias = bias.masked_fill(~mask.bool()[:, None, None], torch.finfo(bias.dtype).min)  # [B, heads, L, L]
-        x = self.shared(ids).float()
-        for index, block in enumerate(blocks):
-            if self.read_block:
-                tensors = tensors if index == 0 else self.read_block(index)
-                x = torch.func.functional_call(block, tensors, (x, bias))
-                tensors = None  # before the next is read
-            else:
-                x = block(x, bias)
-        return self.encoder["final_layer_norm"](x)
+        bias = bias.contiguous()  # as fused attention wants it
+        x = self.run("shared", ids).float()
+        for index in range(self.config.num_layers):
+            x = self.run(f"encoder.block.{index}", x, bias)
+        return self.run("encoder.final_layer_norm", x)
+
+    def run(self, name, *inputs):
+        """What the module `name` makes of the inputs. Streaming: its tensors are read now and forgotten on return."""
+        module = self.get_submodule(name)
+        if not self.read:
+            return module(*inputs)
+        tensors = {part: self.read(f"{name}.{part}") for part, _ in module.named_parameters()}
+        return torch.func.functional_call(module, tensors, inputs)
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None, stream=False):
         """Opens a folder of transformers' T5EncoderModel, or of a whole T5 version 1.1, whose decoder is passed over; or a
         single file with the same keys, as they are or behind `text_encoders.t5xxl.transformer.` beside other models.
 
-        dtype None is the file's (float8 files need one); device None the CPU
-        stream    True leaves the blocks on disk. Each is read when it runs and forgotten when it has, so that of XXL's 9.5 GB
-                  (float16) the embeddings and one block, 0.65 GB, are in memory at a time
+        dtype     None is the file's; a float8 file needs one, and one with scales of its own is refused
+        device    None is the CPU
+        stream    True keeps no weights: each call reads them from disk, never more at a time than one block's (XXL in float16:
+                  0.39 of 9.5 GB). The outputs are the same bit for bit; so are the checks, made here. The parameters stay
+                  meta: such a model is neither trained, moved nor saved. Encode once and keep the embeddings.
         """
-        path = Path(path)
-        if path.is_file():
-            checkpoint, where = weights.Checkpoint(path), path
-            prefix = PREFIX if any(key.startswith(PREFIX) for key in checkpoint.home) else ""
-            config = sizes({key.removeprefix(prefix): shape for key, shape in checkpoint.shapes.items()}, path)
-        else:
-            where, prefix = path / "config.json", ""
+        path, where = Path(path), Path(path) / "config.json"
+        if not path.is_file():
             values = weights.read_json(where)
-            if (kind := values.get("model_type")) != "t5":
-                raise ValueError(f"{where}: 'model_type' is {kind!r}; expected 't5'")
             for key, (default, known) in ONLY.items():
                 if (value := values.get(key, default)) != known:
-                    raise ValueError(f"{where}: '{key}' is {value!r}; only {known!r}, T5 version 1.1's encoder, is implemented")
-            config, checkpoint = weights.parse_config(Config, values, where), weights.Checkpoint(path)
-        keys = {key: key.removeprefix(prefix) for key in checkpoint.home if key.startswith(prefix)}
-        alias = "encoder.embed_tokens.weight"  # transformers' second name of the embeddings
-        keys = {key: name for key, name in keys.items() if not name.startswith(("decoder.", "lm_head.")) and name != alias}
-        if "shared.weight" not in keys.values() and prefix + alias in checkpoint.home:
-            keys[prefix + alias] = "shared.weight"
-        stored = {checkpoint.dtypes[key] for key in keys}
-        if dtype is None and any(kind.itemsize == 1 for kind in stored):
-            raise ValueError(f"{where}: the weights are stored as {min(map(str, stored))}; expected a dtype to compute in")
+                    raise ValueError(f"{where}: '{key}' is {value!r}; expected {known!r}, the encoder of T5 version 1.1")
+            config = weights.parse_config(Config, values, where)
+        checkpoint = weights.Checkpoint(path)
+        prefix = PREFIX if any(key.startswith(PREFIX) for key in checkpoint.home) else ""
+        keys = encoder_keys(checkpoint.home, prefix)
+        if path.is_file():
+            config = sizes({name: checkpoint.shapes[key] for key, name in keys.items()}, prefix, path)
+        for key in keys:
+            if dtype is None and checkpoint.dtypes[key] in (torch.float8_e4m3fn, torch.float8_e5m2):
+                where = f"{checkpoint.home[key]}: key '{key}' is stored as {checkpoint.dtypes[key]}"
+                raise ValueError(f"{where}; expected a dtype to compute in")
         with torch.device("meta"):
             model = cls(config)
-
-        def convert(key, read):
-            return {keys[key]: read()}
-
-        if not stream:
-            return weights.load(model, checkpoint, dtype, device, convert, keys)
-        weights.load(model, checkpoint, dtype, "meta", convert, keys)  # checks every name and shape
-        dtypes, home = {name: p.dtype for name, p in model.named_parameters()}, {name: key for key, name in keys.items()}
-
-        def read(start):
-            """{name after start: tensor} of the parameters whose name begins so."""
-            names = [name for name in home if name.startswith(start)]
-            return {name[len(start) :]: checkpoint.read(home[name], device).to(dtypes[name]) for name in names}
-
-        for name in ("shared.", "encoder.final_layer_norm."):
-            model.load_state_dict({name + rest: tensor for rest, tensor in read(name).items()}, strict=False, assign=True)
-        model.read_block = lambda index: read(f"encoder.block.{index}.")
+        weights.load(model, checkpoint, dtype, "meta" if stream else device, lambda key, read: {keys[key]: read()}, keys)
+        if stream:
+            home, dtype = {name: key for key, name in keys.items()}, model.shared.weight.dtype
+            model.read = lambda name: checkpoint.read(home[name], device).to(dtype)
         return model
 
     def save_pretrained(self, path):
         """Writes a folder that transformers' T5EncoderModel.from_pretrained opens."""
-        if self.read_block:
-            raise ValueError(f"{path}: a T5Encoder with stream=True has its blocks on disk; expected one without, to save it")
+        if self.read:
+            raise ValueError(f"{path}: a T5Encoder with stream=True has no weights to save; expected one without")
         config = {"architectures": ["T5EncoderModel"], "model_type": "t5", **dataclasses.asdict(self.config)}
         weights.save_model(path, self, {**config, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
 
@@ -204,25 +206,41 @@ def buckets(length, config):
     """
     half = config.relative_attention_num_buckets // 2
     exact, farthest = half // 2, config.relative_attention_max_distance
-    offset = torch.arange(length) - torch.arange(length)[:, None]  # key − query
+    position = torch.arange(length, device="cpu")  # one logarithm for all devices: an ulp at an edge is another row
+    offset = position - position[:, None]  # key − query
     distance = offset.abs()
     far = torch.log(distance.clamp(min=1).float() / exact) / math.log(farthest / exact) * (half - exact)
     far = (exact + far.long()).clamp(max=half - 1)
     return torch.where(distance < exact, distance, far) + half * (offset > 0)
 
 
-def sizes(shapes, path):
-    """The sizes that a single file does not spell out, read off its tensors' shapes."""
-    layers = {int(match[1]) for key in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", key))}
-    first = "encoder.block.0.layer."
-    try:
-        rows, heads = shapes[f"{first}0.SelfAttention.relative_attention_bias.weight"]
-        inner, _ = shapes[f"{first}0.SelfAttention.q.weight"]
-        d_ff, d_model = shapes[f"{first}1.DenseReluDense.wi_0.weight"]
-        vocabulary, _ = shapes.get("shared.weight") or shapes["encoder.embed_tokens.weight"]
-    except KeyError as error:
-        raise ValueError(f"{path}: key {error} is missing; expected the encoder of T5 version 1.1") from None
-    try:
-        return Config(vocabulary, d_model, inner // heads, d_ff, max(layers) + 1, heads, rows)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def encoder_keys(keys, prefix):
+    """{key in the file: name in the model} of the encoder's tensors."""
+    names = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    names = {key: name for key, name in names.items() if not BESIDE.fullmatch(name)}
+    if prefix + ALIAS in names and "shared.weight" in names.values():
+        del names[prefix + ALIAS]
+    return {key: "shared.weight" if name == ALIAS else name for key, name in names.items()}
+
+
+def sizes(shapes, prefix, path):
+    """The sizes that a single file does not spell out, read off its tensors' shapes {name in the model: shape}. The table of
+    distances has a column per head, which gives d_kv (64 in every public T5)."""
+
+    def size(name, axis):
+        if name not in shapes:
+            raise ValueError(f"{path}: key '{prefix}{name}' is missing; expected the encoder of T5 version 1.1")
+        if len(shapes[name]) != 2 or 0 in shapes[name]:
+            raise ValueError(f"{path}: key '{prefix}{name}' has shape {list(shapes[name])}; expected a matrix")
+        return shapes[name][axis]
+
+    first, table = "encoder.block.0.layer", f"{TABLE}.weight"
+    inner, heads = size(f"{first}.0.SelfAttention.q.weight", 0), size(table, 1)
+    if inner % heads:
+        where = f"{path}: key '{prefix}{table}' has shape {list(shapes[table])}"
+        raise ValueError(f"{where}; expected a column per head, where q has {inner} rows")
+    d_model, d_ff = size("shared.weight", 1), size(f"{first}.1.DenseReluDense.wi_0.weight", 0)
+    layers = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
+    values = dict(vocab_size=size("shared.weight", 0), d_model=d_model, d_kv=inner // heads, d_ff=d_ff, num_heads=heads)
+    values |= dict(num_layers=max(layers) + 1, relative_attention_num_buckets=size(table, 0))
+    return weights.parse_config(Config, values, path)

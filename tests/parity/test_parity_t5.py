@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Model
 
 from nano_adrpo.models.t5 import T5Encoder
 
@@ -52,8 +52,9 @@ def test_theirs_opens_ours(tmp_path):
     assert difference(ours, again.eval(), 20) < 1e-5
 
 
-def test_the_encoder_of_a_whole_t5(tmp_path):
-    model = theirs(kind=T5ForConditionalGeneration)
+@pytest.mark.parametrize("kind", [T5ForConditionalGeneration, T5Model])
+def test_the_encoder_of_a_whole_t5(tmp_path, kind):
+    model = theirs(kind=kind)
     model.save_pretrained(tmp_path)
     assert difference(T5Encoder.from_pretrained(tmp_path), model.encoder, 20) < 1e-5
 
@@ -69,6 +70,35 @@ def test_bfloat16_is_as_near_to_float32_as_theirs(tmp_path):
         output = ours(ids)
     assert output.dtype == torch.bfloat16
     assert (output.float() - exact).norm() < 1.2 * (half.float() - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_config_of_transformers_4_is_the_same(tmp_path):
+    model = theirs()
+    model.save_pretrained(tmp_path)
+    old = dict(architectures=["T5EncoderModel"], classifier_dropout=0.0, d_ff=40, d_kv=8, d_model=24, decoder_start_token_id=0)
+    old |= dict(dense_act_fn="gelu_new", dropout_rate=0.1, eos_token_id=1, feed_forward_proj="gated-gelu", num_layers=3)
+    old |= dict(initializer_factor=1.0, is_encoder_decoder=True, is_gated_act=True, layer_norm_epsilon=1e-6, model_type="t5")
+    old |= dict(num_decoder_layers=3, num_heads=3, output_past=True, pad_token_id=0, relative_attention_max_distance=128)
+    old |= dict(relative_attention_num_buckets=32, tie_word_embeddings=False, torch_dtype="float32", use_cache=True)
+    tiny.write_json(tmp_path / "config.json", old | dict(transformers_version="4.41.2", vocab_size=60))  # as SD3's own
+    assert difference(T5Encoder.from_pretrained(tmp_path), model, 20) < 1e-5
+
+
+def test_float16_is_theirs_where_sums_leave_its_range(tmp_path):
+    # Both compute `wo` in float32 and keep the sum so; weights ×700 take the sum to 1e5, beyond float16.
+    model = theirs()
+    with torch.no_grad():
+        for block in model.encoder.block:
+            block.layer[1].DenseReluDense.wi_1.weight.mul_(700)
+            block.layer[1].DenseReluDense.wo.weight.mul_(700)
+    model.half().save_pretrained(tmp_path)
+    ids = torch.arange(1, 41)[None]
+    with torch.no_grad():
+        expected = T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16).eval()(ids, output_hidden_states=True)
+        output = T5Encoder.from_pretrained(tmp_path)(ids)
+    assert max(state.abs().max() for state in expected.hidden_states[:-1]) > 65504
+    assert output.dtype == torch.float16 and output.isfinite().all()
+    assert (output.float() - expected.last_hidden_state.float()).norm() < 0.002 * output.float().norm()
 
 
 def test_the_full_size_is_transformers():
