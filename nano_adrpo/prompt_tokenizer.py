@@ -1,7 +1,7 @@
 """Prompts to token ids, as the text encoders of SD3 and the CLIP models of the rewards were trained to see them.
 
-A tokenizer folder has tokenizer_config.json and either tokenizer.json or CLIP's vocab.json and merges.txt; the ids are those that
-transformers makes of it.
+A tokenizer folder has tokenizer_config.json and either tokenizer.json or CLIP's vocab.json and merges.txt; the ids are those
+that transformers makes of it.
 """
 
 import warnings
