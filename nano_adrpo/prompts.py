@@ -113,7 +113,7 @@ class PromptEncoder:
         index = {}
         parts = [*zip(("", "_2"), self.clips, self.tokenizers)] + ([("_3", self.t5, self.t5_tokenizer)] if self.t5 else [])
         for suffix, encoder, tokenizer in parts:
-            if not (encoder is self.t5 and encoder.read_block):
+            if not any(parameter.is_meta for parameter in encoder.parameters()):  # as a streamed one's are
                 encoder.save_pretrained(path / f"text_encoder{suffix}")
             tokenizer.save_pretrained(path / f"tokenizer{suffix}")
             name = "T5EncoderModel" if encoder is self.t5 else "CLIPTextModelWithProjection"
