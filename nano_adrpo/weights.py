@@ -38,18 +38,19 @@ DTYPES = {
 
 
 class Checkpoint:
-    """The tensors of a `.safetensors` file, or of a model folder: `STEM.safetensors`, its fp16 variant, or the shards that
-    `STEM.safetensors.index.json` lists. Opening reads the headers only; `read` reads one tensor.
+    """The tensors of a `.safetensors` file, or of a model folder: `STEM.safetensors` or the shards that
+    `STEM.safetensors.index.json` lists, and where a folder has neither, the fp16 variant of one of them. Opening reads the
+    headers only; `read` reads one tensor.
 
     Raises FileNotFoundError where a file is missing, ValueError where one is damaged or where index and shards disagree.
     """
 
     def __init__(self, path, stem="model"):
         self.path = Path(path)
-        self.files = {file: _open(file) for file in _files(self.path, stem)}
+        files, index = _files(self.path, stem)
+        self.files = {file: _open(file) for file in files}
         self.home = {key: file for file, opened in self.files.items() for key in opened.keys()}
-        index = self.path / f"{stem}.safetensors.index.json"
-        if len(self.files) > 1 and (listed := set(read_json(index)["weight_map"])) != set(self.home):
+        if index and (listed := set(read_json(index)["weight_map"])) != set(self.home):
             key = min(listed ^ set(self.home))
             raise ValueError(
                 f"{index}: key '{key}' is {'listed but in no shard' if key in listed else 'in a shard but not listed'}"
@@ -71,25 +72,28 @@ class Checkpoint:
 
 
 def _files(path, stem):
+    """-> the files with tensors, and the index that lists them or None."""
     if path.is_file():
-        return [path]
+        return [path], None
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a model folder or a .safetensors file")
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (path / name).is_file():
-            return [path / name]
-    index = path / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"{path}: no {stem}.safetensors and no {index.name} in this folder (pickled .bin files are not read)"
-        )
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: expected a 'weight_map' from keys to shard files")
-    for shard in sorted(set(weight_map.values())):
-        if not (path / shard).is_file():
-            raise FileNotFoundError(f"{path / shard}: no such file; {index.name} lists it")
-    return [path / shard for shard in sorted(set(weight_map.values()))]
+    for variant in ("", ".fp16"):
+        whole, index = path / f"{stem}{variant}.safetensors", path / f"{stem}.safetensors.index{variant}.json"
+        if whole.is_file():
+            return [whole], None
+        if not index.is_file():
+            continue
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: expected a 'weight_map' from keys to shard files")
+        shards = [path / shard for shard in sorted(set(weight_map.values()))]
+        for shard in shards:
+            if not shard.is_file():
+                raise FileNotFoundError(f"{shard}: no such file; {index.name} lists it")
+        return shards, index
+    raise FileNotFoundError(
+        f"{path}: no {stem}.safetensors and no {stem}.safetensors.index.json in this folder (pickled .bin files are not read)"
+    )
 
 
 def _open(file):

@@ -54,6 +54,15 @@ def test_the_fp16_variant_is_found(folder):
     assert set(weights.Checkpoint(folder).home) == {"weight", "bias"}
 
 
+def test_the_sharded_fp16_variant_is_found_where_there_is_no_other(tmp_path):
+    tensors = {name: torch.full((2,), float(i)) for i, name in enumerate("abc")}
+    tiny.shards(tmp_path, tensors, "model", count=2)
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "model.safetensors.index.fp16.json")
+    assert set(weights.Checkpoint(tmp_path).home) == set("abc")
+    save_file({"whole": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert set(weights.Checkpoint(tmp_path).home) == {"whole"}
+
+
 def test_an_index_and_its_shards_must_agree(tmp_path):
     tiny.shards(tmp_path, {"weight": torch.zeros(2, 3), "bias": torch.ones(2)}, "model", count=2)
     assert weights.load(linear(), weights.Checkpoint(tmp_path)).bias.tolist() == [1, 1]
