@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_grpo
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+import train_grpo
 from nano_adrpo import compare, lora, rewards_text, runtime, weights
 from nano_adrpo.demo import arithmetic
 from nano_adrpo.models.decoder import Config, Decoder, RewardModel
@@ -208,12 +208,11 @@ def test_options_run(tmp_path, options):
 
 
 def test_rewards_are_those_asked_for():
-    texts = ["g####62", "c7+8=15,4+1+1=6####65", "r65", "o40+10=50", "k####"]
+    texts = ["g####62", "c7+8=15,4+1+1=6####65", "r17+48=65", "o40+10=50", "k####"]
 
     def rewards(*options):
-        run, problems = start(*options)
-        assert problems[0].answer == 65
-        scores = run.reward(texts, [problems[0]] * 5)
+        run, _ = start(*options)
+        scores = run.reward(texts, [rewards_text.Problem("17+48=", 65)] * 5)
         return scores.pop("reward").tolist(), {name: part.tolist() for name, part in scores.items()}
 
     right, guess, stated = [0, 1, 1, 0, 0], pytest.approx([0.3, 1, 1, 0, 0]), [1, 1, 0, 0, 0]
