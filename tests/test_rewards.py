@@ -85,9 +85,10 @@ def test_aesthetic_is_one_linear_map_of_the_direction(models, folders):
 
 
 def blip_inputs():
-    """The ids of each prompt [1, L], whose words are word pieces."""
+    """The ids of each prompt [1, L]: a word is a word piece, or unknown."""
+    pieces = {piece: index for index, piece in enumerate(tiny.WORD_PIECES)}
     for prompt in PROMPTS:
-        yield torch.tensor([[tiny.WORD_PIECES.index(word) for word in ("[CLS]", *prompt.split(), "[SEP]")]])
+        yield torch.tensor([[pieces.get(word, pieces["[UNK]"]) for word in ("[CLS]", *prompt.split(), "[SEP]")]])
 
 
 @torch.no_grad()
