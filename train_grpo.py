@@ -107,7 +107,7 @@ class Rollout(NamedTuple):
     texts: list
     correct: torch.Tensor  # [N], 1 where the final number is right
     rewards: torch.Tensor  # [N]
-    parts: dict  # what they are the weighted sum of, {name: [N]}; empty where it is one
+    parts: dict  # what they are the weighted sum of, {reward_NAME: [N]}; empty where it is one
 
 
 class Run:
@@ -119,7 +119,7 @@ class Run:
         files = args.problems or data / "train.jsonl", args.held_out or data / "held_out.jsonl"
         self.problems, self.held_out = (rewards_text.read_problems(file, args.instruction) for file in files)
         specs = [*args.reward, *([f"format@{args.format_reward}"] if args.format_reward else [])]
-        self.reward = rewards_text.parse(specs, args.device, args.micro_batch)
+        self.reward = rewards_text.parse(specs, args.device, args.micro_batch, self.autocast)
         dtype = runtime.DTYPES[args.dtype] if args.lora_rank else torch.float32  # weights that are trained are float32
         self.policy = Decoder.from_pretrained(args.model, dtype, args.device)
         with runtime.about(f"--model {args.model}"):
@@ -169,9 +169,9 @@ class Run:
             )
         seen, texts = torch.cat([prompts, mask], dim=1), chat.decode(self.tokenizer, full[:, ids.shape[1] :], mask)
         correct = torch.tensor([rewards_text.exact_answer(text, p.answer) for text, p in zip(texts, problems)])
-        with self.autocast():
-            scores = self.reward(texts, problems)
-        return Rollout(full, seen, mask, texts, correct, scores.pop("reward").to(self.args.device), scores)
+        scores = self.reward(texts, problems)
+        rewards = scores.pop("reward").to(self.args.device)
+        return Rollout(full, seen, mask, texts, correct, rewards, {f"reward_{name}": part for name, part in scores.items()})
 
     def score(self, model, rollout, rows, temperature=None, entropy=False):
         """log π(token) of the completions in `rows`, [n, C], at the temperature they were sampled at."""
@@ -270,9 +270,7 @@ class Run:
 
 def reward_means(rollouts):
     """What to log of the rewards: their mean and, where they are a weighted sum, that of each part."""
-    values = [
-        {"reward": rollout.rewards, **{f"reward_{name}": part for name, part in rollout.parts.items()}} for rollout in rollouts
-    ]
+    values = [{"reward": rollout.rewards, **rollout.parts} for rollout in rollouts]
     return {name: torch.cat([value[name] for value in values]).mean().item() for name in values[0]}
 
 

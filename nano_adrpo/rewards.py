@@ -199,9 +199,8 @@ class Rewards(nn.Module):
             try:
                 values = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
             except (TypeError, ValueError, RuntimeError):
-                raise ValueError(
-                    f"{name} gave {type(given).__name__}; expected [{len(prompts)}] numbers, one a sample"
-                ) from None
+                kind = type(given).__name__
+                raise ValueError(f"{name} gave {kind}; expected [{len(prompts)}] numbers, one a sample") from None
             if values.shape != (len(prompts),):
                 raise ValueError(f"{name} gave rewards of shape {list(values.shape)}; expected [{len(prompts)}], one a sample")
             if not values.isfinite().all():
@@ -262,7 +261,7 @@ def named(specs, models, plain=None, own=lambda reward: reward):
 
 
 def weighted(spec):
-    """ "WHAT@0.5" -> WHAT and 0.5; without a number behind the last @, all of it and 1."""
+    """WHAT@0.5 -> WHAT and 0.5; without a number behind the last @, all of it and 1."""
     what, at, behind = spec.rpartition("@")
     try:
         weight = float(behind if at else "")

@@ -13,6 +13,7 @@ reward_model:FOLDER in RM-Gemma-2B's layout, or FILE.py:FUNCTION, for example in
 with which `--reward exact mine.py:short@0.1` takes a tenth of a point for every hundred characters.
 """
 
+import contextlib
 import json
 import re
 from fractions import Fraction
@@ -43,14 +44,15 @@ class Problem(NamedTuple):
         return self.question
 
 
-def parse(specs, device=None, batch=16):
+def parse(specs, device=None, batch=16, autocast=contextlib.nullcontext):
     """The rewards of completions that a command line names, see above: called with N completions and their N problems. A
-    reward model reads `batch` of them at a time, on `device`. Raises ValueError naming the one that is wrong."""
+    reward model reads `batch` of them at a time, on `device` and inside `autocast()`. Raises ValueError naming the one that is
+    wrong."""
 
     def own(reward):
         return lambda completions, problems: reward([problem.question for problem in problems], completions)
 
-    models = {"reward_model": lambda folder: RewardModelScore(folder, device, batch)}
+    models = {"reward_model": lambda folder: RewardModelScore(folder, device, batch, autocast)}
     return rewards.Rewards(rewards.named(specs, models, PLAIN, own))
 
 
@@ -108,11 +110,11 @@ class RewardModelScore:
     """A reward model's numbers. It reads question and completion as one conversation where its folder has a chat template, else
     one behind the other, by its own tokenizer. It stays on `device`, in float32."""
 
-    def __init__(self, path, device=None, batch=16):
+    def __init__(self, path, device=None, batch=16, autocast=contextlib.nullcontext):
         self.model = RewardModel.from_pretrained(path, torch.float32, device).requires_grad_(False)
         with runtime.about(f"--reward {path}"):
             self.tokenizer, self.template = chat.tokenizer_of(self.model), chat.template_of(self.model)
-        self.device, self.batch = device, batch
+        self.device, self.batch, self.autocast = device, batch, autocast
 
     @torch.no_grad()
     def __call__(self, completions, problems):
@@ -124,7 +126,8 @@ class RewardModelScore:
             texts = [self.template(messages, add_generation_prompt=False) for messages in turns]
         longest = self.model.config.max_position_embeddings
         ids, mask = chat.encode_prompts(self.tokenizer, texts, longest, special=not self.template, device=self.device)
-        return torch.cat([self.model(*part) for part in zip(ids.split(self.batch), mask.split(self.batch))])
+        with self.autocast():
+            return torch.cat([self.model(*part) for part in zip(ids.split(self.batch), mask.split(self.batch))])
 
 
 def final_number(text):
