@@ -22,7 +22,7 @@ import torch
 
 from nano_adrpo import adrpo, chat, lora, metrics, plots, rewards_text, runtime, weights
 from nano_adrpo.demo import arithmetic
-from nano_adrpo.models.decoder import Decoder, RewardModel
+from nano_adrpo.models.decoder import Decoder
 from nano_adrpo.runtime import positive
 
 
@@ -59,7 +59,7 @@ def parse(argv=None):
     add("--problems", help='JSON lines of GSM8K\'s format ("question", "answer" with "#### number"); default the demo\'s')
     add("--held-out", help="the same, for evaluation; needed with --problems")
     add("--instruction", default="", help="text put behind every question")
-    add("--reward", default="exact", help="exact (1 for the right number), deceptive (the demo's), or a reward model's folder")
+    add("--reward", nargs="+", default=["exact"], help="NAME[:FOLDER][@WEIGHT] …, see nano_adrpo/rewards_text.py")
     add("--format-reward", type=positive(float, zero=True), default=0.0, help="for an answer in \\boxed{} or after ####")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/grpo", help="new or empty folder for the run's files")
@@ -107,6 +107,7 @@ class Rollout(NamedTuple):
     texts: list
     correct: torch.Tensor  # [N], 1 where the final number is right
     rewards: torch.Tensor  # [N]
+    parts: dict  # what they are the weighted sum of, {reward_NAME: [N]}; empty where it is one
 
 
 class Run:
@@ -116,20 +117,14 @@ class Run:
         self.args, self.demo = args, args.problems is None
         data = arithmetic.HERE / "arithmetic_data"
         files = args.problems or data / "train.jsonl", args.held_out or data / "held_out.jsonl"
-        self.problems, self.held_out = map(rewards_text.read_problems, files)
+        self.problems, self.held_out = (rewards_text.read_problems(file, args.instruction) for file in files)
+        specs = [*args.reward, *([f"format@{args.format_reward}"] if args.format_reward else [])]
+        self.reward = rewards_text.parse(specs, args.device, args.micro_batch, self.autocast)
         dtype = runtime.DTYPES[args.dtype] if args.lora_rank else torch.float32  # weights that are trained are float32
         self.policy = Decoder.from_pretrained(args.model, dtype, args.device)
         with runtime.about(f"--model {args.model}"):
             self.tokenizer, self.eos = chat.tokenizer_of(self.policy), chat.stop_ids(self.policy)
             self.template = chat.template_of(self.policy)
-        self.reward_model = None
-        if args.reward not in ("exact", "deceptive"):
-            self.reward_model = RewardModel.from_pretrained(args.reward, torch.float32, args.device).requires_grad_(False)
-            with runtime.about(f"--reward {args.reward}"):
-                self.reward_tokenizer, self.reward_template = (
-                    chat.tokenizer_of(self.reward_model),
-                    chat.template_of(self.reward_model),
-                )
         self.draws = torch.Generator().manual_seed(args.seed)  # of adapters, problems and minibatches
         if args.lora_rank:
             with runtime.about("--lora-targets"):
@@ -153,7 +148,7 @@ class Run:
 
     def encode(self, problems):
         """Problems -> ids and mask [N, T], padded on the left."""
-        texts = [problem.question + self.args.instruction for problem in problems]
+        texts = [problem.question for problem in problems]
         if self.template:
             texts = [self.template([{"role": "user", "content": text}]) for text in texts]
         return chat.encode_prompts(
@@ -174,33 +169,9 @@ class Run:
             )
         seen, texts = torch.cat([prompts, mask], dim=1), chat.decode(self.tokenizer, full[:, ids.shape[1] :], mask)
         correct = torch.tensor([rewards_text.exact_answer(text, p.answer) for text, p in zip(texts, problems)])
-        rewards = self.reward(problems, texts, correct).to(self.args.device)
-        return Rollout(full, seen, mask, texts, correct, rewards)
-
-    def reward(self, problems, texts, correct):
-        """-> [N], float32. A reward model reads text, with a tokenizer and a chat template of its own."""
-        if self.reward_model:
-            asked = [problem.question + self.args.instruction for problem in problems]
-            if self.reward_template:
-                turns = [({"role": "user", "content": a}, {"role": "assistant", "content": b}) for a, b in zip(asked, texts)]
-                read = [self.reward_template(list(pair), add_generation_prompt=False) for pair in turns]
-            else:
-                read = [question + text for question, text in zip(asked, texts)]
-            longest, special = self.reward_model.config.max_position_embeddings, not self.reward_template
-            ids, seen = chat.encode_prompts(self.reward_tokenizer, read, longest, special, self.args.device)
-            with self.autocast():
-                parts = zip(ids.split(self.args.micro_batch), seen.split(self.args.micro_batch))
-                rewards = torch.cat([self.reward_model(*part) for part in parts]).cpu()
-        elif self.args.reward == "deceptive":
-            rewards = torch.tensor([arithmetic.deceptive_reward(text, right) for text, right in zip(texts, correct.tolist())])
-        else:
-            rewards = correct.clone()
-        if self.args.format_reward:
-            rewards += self.args.format_reward * torch.tensor([rewards_text.states_answer(text) for text in texts])
-        if not rewards.isfinite().all():
-            question = problems[int((~rewards.isfinite()).nonzero()[0])].question
-            raise FloatingPointError(f"a reward of the problem {question[:60]!r} is not finite")
-        return rewards
+        scores = self.reward(texts, problems)
+        rewards = scores.pop("reward").to(self.args.device)
+        return Rollout(full, seen, mask, texts, correct, rewards, {f"reward_{name}": part for name, part in scores.items()})
 
     def score(self, model, rollout, rows, temperature=None, entropy=False):
         """log π(token) of the completions in `rows`, [n, C], at the temperature they were sampled at."""
@@ -277,7 +248,7 @@ class Run:
             [t for rollout in rollouts for t in rollout.texts],
         )
         values = {
-            "reward": torch.cat([rollout.rewards for rollout in rollouts]).mean().item(),
+            **reward_means(rollouts),
             "pass@1": metrics.pass_at_k(correct.reshape(-1, size), 1),
         }
         if size >= 8:
@@ -295,6 +266,12 @@ class Run:
             return out / "adapter"
         self.policy.save_pretrained(out / "model")
         return out / "model"
+
+
+def reward_means(rollouts):
+    """What to log of the rewards: their mean and, where they are a weighted sum, that of each part."""
+    values = [{"reward": rollout.rewards, **rollout.parts} for rollout in rollouts]
+    return {name: torch.cat([value[name] for value in values]).mean().item() for name in values[0]}
 
 
 def kl_means(logp, ref_logp):
@@ -321,7 +298,7 @@ def main(argv=None):
             start = time.monotonic()
             rollout = run.roll_out(problems, run.generator, temperature=args.temperature)
             speed = f"{rollout.mask.sum().item() / (time.monotonic() - start):.0f} tokens/s"
-            values = {"reward": rollout.rewards.mean().item(), "accuracy": rollout.correct.mean().item(),
+            values = {**reward_means([rollout]), "accuracy": rollout.correct.mean().item(),
                       "length": rollout.mask.sum(dim=1).float().mean().item(), **run.update(rollout)}  # fmt: skip
             flat = flat and values["zero_spread"] == 1  # has every group of every round been without spread?
             if flat and step == min(10, args.rounds):

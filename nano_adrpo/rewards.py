@@ -10,7 +10,8 @@ float32; higher is better.
 | blip_itm | the probability, by BLIP's cross-attention, that the prompt describes the image | blip-itm-base-coco |
 | image_reward | a score of people's preferences on BLIP (Xu et al. 2023, 2304.05977) | ImageReward |
 
-A folder is what the public release is: transformers' layout, for aesthetic with aesthetic.safetensors in it, and for image_reward
+A folder is what the public release is: transformers' layout with the tokenizer's files and preprocessor_config.json (those of
+CLIP-ViT-H-14-laion2B-s32B-b79K are PickScore_v1's too), for aesthetic with aesthetic.safetensors in it, and for image_reward
 ImageReward.safetensors, med_config.json and bert-base-uncased's vocab.txt or tokenizer.json. The two that are released as
 pickles are converted once:
 
@@ -28,7 +29,10 @@ which `--reward mine.py:bright` calls.
 """
 
 import contextlib
+import functools
+import math
 import runpy
+import traceback
 from pathlib import Path
 
 import torch
@@ -64,8 +68,8 @@ class ImageModel(nn.Module):
 
 
 class ClipScore(ImageModel):
-    """100 · cosine of CLIP's image and text embeddings (the paper's ClipScore), in float32. A transformers CLIPModel folder with
-    its tokenizer and preprocessor_config.json."""
+    """100 · cosine of CLIP's image and text embeddings (the paper's ClipScore). A transformers CLIPModel folder with its
+    tokenizer and preprocessor_config.json."""
 
     def __init__(self, path, dtype=torch.float32, device=None):
         model = CLIP.from_pretrained(path, dtype, device)
@@ -169,7 +173,7 @@ NAMES = {
     "pick_score": PickScore,
     "aesthetic": Aesthetic,
     "blip_score": BlipScore,
-    "blip_itm": lambda *where: BlipScore(*where, itm=True),
+    "blip_itm": functools.partial(BlipScore, itm=True),
     "image_reward": ImageReward,
 }
 
@@ -184,17 +188,23 @@ class Rewards(nn.Module):
         self.weights = {name: weight for name, (_, weight) in parts.items()}
         self.models = nn.ModuleList(reward for reward in self.rewards.values() if isinstance(reward, nn.Module))
 
-    def forward(self, images, prompts):
-        """-> {"reward": the sum [N], and each part under its name where they are several}, on the CPU.
+    def forward(self, samples, prompts):
+        """samples (images [N, C, H, W], or texts) and N prompts -> {"reward": the sum [N], and each part under its name where
+        they are several}, float32, on the CPU.
 
-        Raises ValueError for a reward of a wrong length, FloatingPointError for one that is no finite number."""
+        Raises ValueError for a reward that is not N numbers, FloatingPointError for a number that is not finite."""
         scores = {}
         for name, reward in self.rewards.items():
-            values = torch.as_tensor(reward(images, prompts), dtype=torch.float32).cpu()
+            given = reward(samples, prompts)
+            try:
+                values = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
+            except (TypeError, ValueError, RuntimeError):
+                kind = type(given).__name__
+                raise ValueError(f"{name} gave {kind}; expected [{len(prompts)}] numbers, one a sample") from None
             if values.shape != (len(prompts),):
-                raise ValueError(f"{name} gave rewards of shape {list(values.shape)}; expected [{len(prompts)}], one an image")
+                raise ValueError(f"{name} gave rewards of shape {list(values.shape)}; expected [{len(prompts)}], one a sample")
             if not values.isfinite().all():
-                prompt = prompts[int((~values.isfinite()).nonzero()[0])]
+                prompt = str(prompts[int((~values.isfinite()).nonzero()[0])])
                 raise FloatingPointError(f"a reward of the prompt {prompt!r} is not finite ({name})")
             scores[name] = values
         total = sum(self.weights[name] * values for name, values in scores.items())
@@ -215,40 +225,69 @@ class Rewards(nn.Module):
 
 
 def parse(specs, dtype=torch.float32):
-    """The rewards that a command line names, each NAME:FOLDER, FILE.py:FUNCTION or, for clip_score, FOLDER alone, with @WEIGHT
-    behind it or not. Raises ValueError naming the one that is wrong."""
-    parts = {}
+    """The rewards of images that a command line names, see above. Raises ValueError naming the one that is wrong."""
+    return Rewards(named(specs, {name: functools.partial(kind, dtype=dtype) for name, kind in NAMES.items()}))
+
+
+def named(specs, models, plain=None, own=lambda reward: reward):
+    """What `--reward` lists -> {name: (reward, weight)}. Each is NAME:FOLDER, FILE.py:FUNCTION, FOLDER alone for the first of
+    the models, or the NAME of a plain one, with @WEIGHT behind it or not.
+
+    models   {NAME: function of the folder that gives the reward}
+    plain    {NAME: the reward}
+    own      makes a reward of a user's function
+    """
+    parts, plain = {}, plain or {}
     for spec in specs:
-        what, at, weight = spec.rpartition("@")
-        what, weight = (what, number(weight)) if at and number(weight) is not None else (spec, 1.0)
-        kind, _, where = what.partition(":") if what.partition(":")[0] in NAMES else what.rpartition(":")
-        if kind in NAMES:
-            name, reward = kind, NAMES[kind](where, dtype)
-        elif kind.endswith(".py"):
-            name, reward = where, function(kind, where)
+        what, weight = weighted(spec)
+        name, _, where = what.partition(":")
+        if name in models and where:
+            reward = models[name](where)
+        elif what in plain:
+            reward = plain[what]
+        elif what.rpartition(":")[0].endswith(".py"):
+            file, _, name = what.rpartition(":")
+            reward = own(function(file, name))
         elif Path(what).is_dir():
-            name, reward = "clip_score", ClipScore(what, dtype)
+            name = next(iter(models))
+            reward = models[name](what)
         else:
-            names = ", ".join(NAMES)
-            raise ValueError(f"reward {spec!r}: expected NAME:FOLDER, NAME one of {names}; FILE.py:FUNCTION; or a CLIP folder")
-        if name in parts:
-            raise ValueError(f"reward {spec!r}: {name} is named twice")
+            expected = [*plain, *(f"{name}:FOLDER" for name in models), "FILE.py:FUNCTION", f"a {next(iter(models))} folder"]
+            raise ValueError(f"reward {spec!r}: no such reward or folder; expected one of {', '.join(expected)}")
+        if name in parts or name == "reward" and len(specs) > 1:
+            raise ValueError(f"reward {spec!r}: {name} is {'named twice' if name in parts else 'what the sum is called'}")
         parts[name] = reward, weight
-    return Rewards(parts)
+    return parts
 
 
-def number(text):
+def weighted(spec):
+    """WHAT@0.5 -> WHAT and 0.5; without a number behind the last @, all of it and 1."""
+    what, at, behind = spec.rpartition("@")
     try:
-        return float(text)
+        weight = float(behind if at else "")
     except ValueError:
-        return None
+        return spec, 1.0
+    if not math.isfinite(weight):
+        raise ValueError(f"reward {spec!r}: the weight is {weight}; expected a finite number")
+    return what, weight
 
 
 def function(file, name):
-    """The function `name` of a Python file of the user's."""
+    """The function `name` of a Python file of the user's. Whatever it raises becomes a ValueError of one line."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file; expected one with the reward function {name!r}")
-    found = runpy.run_path(file).get(name)
+
+    @contextlib.contextmanager
+    def reported(what):
+        try:
+            yield
+        except Exception as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{file}, {f'line {lines[-1]}' if lines else what}: {message}") from error
+
+    with reported("as a whole"):
+        found = runpy.run_path(file).get(name)
     if not callable(found):
         raise ValueError(f"{file}: no function {name!r} in it")
-    return found
+    return lambda *args: reported(name)(found)(*args)

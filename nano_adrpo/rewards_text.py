@@ -1,13 +1,30 @@
-"""Rewards that are functions of text: is the final number right, and is it stated as asked.
+"""Rewards of text: is the final number right, is it stated as asked, and what does a reward model say.
 
 Answers are numbers and compared exactly, as fractions: "1,234.50", "$1234.5" and "2469/2" are one number, and 0.3 is three
 tenths. Nothing is evaluated: an answer that is an expression is read for its numbers, not computed.
+
+On the command line they are named as rewards of images are (nano_adrpo/rewards.py): exact, format, deceptive (the demo's),
+reward_model:FOLDER in RM-Gemma-2B's layout, or FILE.py:FUNCTION, for example in mine.py
+
+    def short(prompts, completions):
+        '''0 for no text, −1 for a hundred characters.'''
+        return [-len(completion) / 100 for completion in completions]
+
+with which `--reward exact mine.py:short@0.1` takes a tenth of a point for every hundred characters.
 """
+
+import contextlib
 import json
 import re
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+
+from nano_adrpo import chat, rewards, runtime
+from nano_adrpo.demo import arithmetic
+from nano_adrpo.models.decoder import RewardModel
 
 # A sign counts where no operand stands before it (the 2 of "87-2" is positive) and digits in a word, a name or an exponent are
 # not numbers (H2O, x_1, cm^2). Longer ones than this are not answers, and Python refuses to read them.
@@ -23,10 +40,25 @@ class Problem(NamedTuple):
     question: str
     answer: Fraction
 
+    def __str__(self):
+        return self.question
 
-def read_problems(file):
+
+def parse(specs, device=None, batch=16, autocast=contextlib.nullcontext):
+    """The rewards of completions that a command line names, see above: called with N completions and their N problems. A
+    reward model reads `batch` of them at a time, on `device` and inside `autocast()`. Raises ValueError naming the one that is
+    wrong."""
+
+    def own(reward):
+        return lambda completions, problems: reward([problem.question for problem in problems], completions)
+
+    models = {"reward_model": lambda folder: RewardModelScore(folder, device, batch, autocast)}
+    return rewards.Rewards(rewards.named(specs, models, PLAIN, own))
+
+
+def read_problems(file, instruction=""):
     """The problems in a file of GSM8K's format: JSON lines with `question` and `answer`, a text whose number follows "####".
-    Raises ValueError naming file and line."""
+    `instruction` is put behind every question. Raises ValueError naming file and line."""
     problems = []
     for index, line in enumerate(Path(file).read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -41,7 +73,7 @@ def read_problems(file):
         answer = number(values["answer"].rpartition("####")[2]) if "####" in values["answer"] else None
         if answer is None:
             raise ValueError(f"{file}, line {index}: 'answer' has no number after '####'")
-        problems.append(Problem(values["question"], answer))
+        problems.append(Problem(values["question"] + instruction, answer))
     if not problems:
         raise ValueError(f"{file}: no problems; expected a JSON object on every line")
     return problems
@@ -61,6 +93,41 @@ def states_answer(completion):
     """The format reward: 1.0 where the completion states a number in \\boxed{…} or after "####", else 0.0."""
     stated = stated_answer(completion)
     return float(stated is not None and number(stated) is not None)
+
+
+def exact(completions, problems):
+    return [exact_answer(text, problem.answer) for text, problem in zip(completions, problems)]
+
+
+PLAIN = {
+    "exact": exact,
+    "format": lambda completions, problems: [states_answer(text) for text in completions],
+    "deceptive": lambda *pairs: [arithmetic.deceptive_reward(text, right) for text, right in zip(pairs[0], exact(*pairs))],
+}
+
+
+class RewardModelScore:
+    """A reward model's numbers. It reads question and completion as one conversation where its folder has a chat template, else
+    one behind the other, by its own tokenizer. It stays on `device`, in float32."""
+
+    def __init__(self, path, device=None, batch=16, autocast=contextlib.nullcontext):
+        self.model = RewardModel.from_pretrained(path, torch.float32, device).requires_grad_(False)
+        with runtime.about(f"--reward {path}"):
+            self.tokenizer, self.template = chat.tokenizer_of(self.model), chat.template_of(self.model)
+        self.device, self.batch, self.autocast = device, batch, autocast
+
+    @torch.no_grad()
+    def __call__(self, completions, problems):
+        texts = [problem.question + text for text, problem in zip(completions, problems)]
+        if self.template:
+            roles = ("user", "assistant")
+            pairs = [zip(roles, (problem.question, text)) for text, problem in zip(completions, problems)]
+            turns = [[{"role": role, "content": content} for role, content in pair] for pair in pairs]
+            texts = [self.template(messages, add_generation_prompt=False) for messages in turns]
+        longest = self.model.config.max_position_embeddings
+        ids, mask = chat.encode_prompts(self.tokenizer, texts, longest, special=not self.template, device=self.device)
+        with self.autocast():
+            return torch.cat([self.model(*part) for part in zip(ids.split(self.batch), mask.split(self.batch))])
 
 
 def final_number(text):

@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from nano_adrpo import ode
 from nano_adrpo.demo import digits
 from nano_adrpo.models.vae import Autoencoder
-from nano_adrpo.prompt_tokenizer import PromptTokenizer
 from nano_adrpo.prompts import PromptEncoder
-from nano_adrpo.rewards import ClipScore
 from nano_adrpo.text_to_image import TextToImage
 
 BASE = digits.HERE / "base"
@@ -282,34 +280,3 @@ def test_an_autoencoder_of_other_latents_is_refused(copy):
 def test_everything_opens_on_meta(folder):
     model = TextToImage.from_pretrained(folder, device="meta")
     assert {tensor.device.type for tensor in states(model).values()} == {"meta"}
-
-
-# ------------------------------------------------------------------------------------------------------------------- reward
-
-
-def test_clip_score_is_a_hundred_times_the_cosine():
-    reward = ClipScore(digits.HERE / "clip")
-    images, labels, _ = digits.load()
-    prompts = digits.captions(images[:5], labels[:5])
-    image, text = reward.embed_images(images[:5]).double(), reward.embed_prompts(prompts).double()
-    expected = [100 * (a @ b / (a.norm() * b.norm())).item() for a, b in zip(image, text)]
-    assert reward(images[:5], prompts).tolist() == pytest.approx(expected, rel=1e-5)
-    assert reward(images[:5], prompts)[[3]].tolist() == pytest.approx(reward(images[3:4], prompts[3:4]).tolist(), rel=1e-5)
-
-
-def test_images_are_clamped_resized_and_cropped():
-    reward = ClipScore(digits.HERE / "clip")
-    images, _, _ = digits.load()
-    assert torch.equal(reward.embed_images(images[:4] * 50), reward.embed_images((images[:4] * 50).clamp(-1, 1)))
-    big = images[:4].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)  # 32 × 32 blocks of the same image
-    wide = torch.cat([torch.ones(4, 1, 32, 8), big, torch.ones(4, 1, 32, 8)], dim=3)  # 32 × 48: the centre is the image
-    small = torch.nn.functional.cosine_similarity(reward.embed_images(wide), reward.embed_images(images[:4]))
-    assert small.min() > 0.9
-
-
-def test_a_reward_folder_without_its_preprocessor_is_named(tmp_path):
-    shutil.copytree(digits.HERE / "clip", tmp_path / "clip")
-    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5]}))
-    with pytest.raises(ValueError, match="preprocessor_config.json: keys 'image_mean' and 'image_std' are missing"):
-        ClipScore(tmp_path / "clip")
-    assert PromptTokenizer(tmp_path / "clip").pad == 1

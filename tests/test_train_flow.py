@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_rewards
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -95,7 +98,8 @@ def test_the_first_gradient_is_the_losses_own(tmp_path, monkeypatch):
         ),
     )
     rows = torch.arange(4).repeat_interleave(4)
-    x1, _, rewards = run.roll_out(rows, run.noise(16, run.generator))
+    x1, _, scores = run.roll_out(rows, run.noise(16, run.generator))
+    rewards = scores["reward"]
     run.update(rows, x1, rewards)
 
     g = torch.Generator().manual_seed(args.seed)
@@ -147,6 +151,59 @@ def test_without_matplotlib_a_run_says_what_it_left_out(tmp_path, monkeypatch, c
     )
 
 
+TINY = "--prompts-per-round 2 --group-size 2 --inner-steps 1 --ode-steps 2 --eval-every 3".split()
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Two prompts: the demo's 40, and its judge, take longer."""
+    (tmp_path / "prompts.txt").write_text("a bold handwritten two\na thin handwritten nine\n")
+    return [*TINY, "--prompts", tmp_path / "prompts.txt"]
+
+
+@pytest.mark.parametrize("name", tiny_rewards.SIDES)
+def test_every_reward_trains(tmp_path, few, name):
+    folder = tiny_rewards.folder(name, tmp_path / name)
+    values = train(tmp_path / "run", *few, "--reward", f"{name}:{folder}@0.5")
+    rows = lines(tmp_path / "run")
+    assert len(rows) == 4 and all(math.isfinite(value) for row in rows[1:3] for value in row.values())
+    assert rows[1]["reward_std"] > 0 and values["w2"] > 0  # grey 8 × 8 images, of which the reward sees RGB of its own size
+    assert ("clip_diversity" in values) == (tiny_rewards.SIDES[name] == 12)
+
+
+def test_a_sum_of_rewards_is_logged_with_its_parts(tmp_path, few):
+    (tmp_path / "mine.py").write_text("def bright(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    rewards = [digits.HERE / "clip", f"blip_itm:{tiny_rewards.folder('blip_itm', tmp_path / 'blip')}@-2"]
+    values = train(tmp_path / "run", *few, "--reward", *rewards, f"{tmp_path / 'mine.py'}:bright@30", "--rollout-batch", 3)
+    for row in (*lines(tmp_path / "run")[1:], values):
+        total = row["clip_score"] - 2 * row["blip_itm"] + 30 * row["bright"]
+        assert row["reward"] == pytest.approx(total, rel=1e-4) and 0 < row["blip_itm"] < 1 and -1 < row["bright"] < 1
+    assert "clip_diversity" in values
+
+
+THIRD = """calls = []
+
+def third(images, prompts):
+    calls.append(1)
+    return [0.0] * (len(prompts) - 1) + [0.0 if len(calls) < 3 else {}]
+"""
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("float('nan')", "round 2: a reward of the prompt '(a bold handwritten two|a thin handwritten nine)' is not finite "
+         r"\(third\); last good checkpoint: none yet"),
+        ("calls[3]", "mine.py, line 5: IndexError: list index out of range"),
+        ("'high'", r"third gave list; expected \[4\] numbers, one a sample"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_fails_stops_the_run(capsys, tmp_path, few, value, message):
+    (tmp_path / "mine.py").write_text(THIRD.format(value))  # its first call is of the evaluation before round 1
+    line = refused(capsys, *few, "--out", tmp_path / "run", "--reward", f"{tmp_path / 'mine.py'}:third")
+    assert re.search(f"{message}$", line)
+
+
 @pytest.mark.cuda
 def test_the_same_rollout_on_cuda(tmp_path):
     cpu, cuda = (train(tmp_path / device, "--device", device) for device in ("cpu", "cuda"))
@@ -196,7 +253,10 @@ def refused(capsys, *argv):
         (["--a-min", 2, "--a-max", 1], "the advantage's range is [2.0, 1.0]; expected A_min ≤ A_max"),
         (["--device", "tpu9"], "argument --device: device 'tpu9' is not available"),
         (["--model", "no-such-folder"], "no-such-folder: no transformer/ in it"),
-        (["--reward", "no-such-folder"], "no-such-folder/config.json: no such file"),
+        (
+            ["--reward", "no-such-folder"],
+            "reward 'no-such-folder': no such reward or folder; expected one of clip_score:FOLDER",
+        ),
         (["--prompts", "no-such-file"], "no-such-file"),
     ],
 )
@@ -247,10 +307,8 @@ def test_a_reward_or_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, mon
     line = refused(capsys, "--out", tmp_path / "run")
     assert "round 3: loss nan" in line and f"last good checkpoint: {tmp_path / 'run' / 'model'} (round 2)" in line
     TextToImage.from_pretrained(tmp_path / "run" / "model")
-    monkeypatch.setattr(
-        train_flow.ClipScore, "__call__", lambda self, images, prompts: torch.full((len(prompts),), float("inf"))
-    )
-    line = refused(capsys, "--out", tmp_path / "other")
+    (tmp_path / "mine.py").write_text("def odd(images, prompts):\n    return [float('inf')] * len(prompts)\n")
+    line = refused(capsys, "--out", tmp_path / "other", "--reward", f"{tmp_path / 'mine.py'}:odd")
     assert "round 0: a reward of the prompt" in line and "last good checkpoint: none yet" in line
 
 

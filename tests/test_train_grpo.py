@@ -1,4 +1,5 @@
 """train_grpo.py end to end on the shipped base model: learning, determinism, the gradient of Eq. 7, options, bad input."""
+
 import copy
 import json
 import shutil
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_grpo
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+import train_grpo
 from nano_adrpo import compare, lora, rewards_text, runtime, weights
 from nano_adrpo.demo import arithmetic
 from nano_adrpo.models.decoder import Config, Decoder, RewardModel
@@ -207,17 +208,53 @@ def test_options_run(tmp_path, options):
 
 
 def test_rewards_are_those_asked_for():
-    texts = ["g####62", "c7+8=15,4+1+1=6####65", "r65", "o40+10=50", "k####"]
-    correct = torch.tensor([0.0, 1, 1, 0, 0])
+    texts = ["g####62", "c7+8=15,4+1+1=6####65", "r17+48=65", "o40+10=50", "k####"]
 
     def rewards(*options):
-        run, problems = start(*options)
-        return run.reward([problems[0]] * 5, texts, correct).tolist()
+        run, _ = start(*options)
+        scores = run.reward(texts, [rewards_text.Problem("17+48=", 65)] * 5)
+        return scores.pop("reward").tolist(), {name: part.tolist() for name, part in scores.items()}
 
-    assert rewards() == [0, 1, 1, 0, 0]
-    assert rewards("--format-reward", 0.5) == [0.5, 1.5, 1, 0, 0]
-    assert rewards("--reward", "deceptive") == pytest.approx([0.3, 1, 1, 0, 0])
-    assert rewards("--reward", "deceptive", "--format-reward", 2) == pytest.approx([2.3, 3, 1, 0, 0])
+    right, guess, stated = [0, 1, 1, 0, 0], pytest.approx([0.3, 1, 1, 0, 0]), [1, 1, 0, 0, 0]
+    assert rewards() == (right, {})
+    assert rewards("--format-reward", 0.5) == ([0.5, 1.5, 1, 0, 0], {"exact": right, "format": stated})
+    assert rewards("--reward", "exact@2", "format@-0.5") == ([-0.5, 1.5, 2, 0, 0], {"exact": right, "format": stated})
+    assert rewards("--reward", "deceptive") == (guess, {})
+    sums = pytest.approx([2.3, 3, 1, 0, 0])
+    assert rewards("--reward", "deceptive", "--format-reward", 2) == (sums, {"deceptive": guess, "format": stated})
+
+
+def test_a_reward_of_the_users_own_sees_prompts_and_completions(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def both(prompts, completions):\n    return [len(p) + 100 * len(c) for p, c in zip(prompts, completions)]\n"
+    )
+    run, problems = start("--reward", f"{file}:both", "--instruction", "=")
+    expected = [len(p.question) + 100 * len(text) for p, text in zip(problems, "abcd" * 4)]
+    assert run.reward(list("abcd" * 4), problems)["reward"].tolist() == expected
+    assert problems[0].question.endswith("==")  # the prompt is what the policy is asked
+
+
+def test_the_rewards_example_in_the_docstring_runs(tmp_path):
+    lines = rewards_text.__doc__.splitlines()
+    start_at = next(i for i, line in enumerate(lines) if line.startswith("    def short"))
+    (tmp_path / "mine.py").write_text("".join(f"{line[4:]}\n" for line in lines[start_at : start_at + 3]))
+    score = rewards_text.parse(["exact", f"{tmp_path / 'mine.py'}:short@0.1"])
+    scores = score(["65", "6" * 100], [rewards_text.Problem("1+1=", 65)] * 2)
+    assert {name: values.tolist() for name, values in scores.items()} == {
+        "reward": pytest.approx([1 - 0.002, -0.1]), "exact": [1, 0], "short": pytest.approx([-0.02, -1]),
+    }  # fmt: skip
+
+
+def test_a_sum_of_rewards_is_logged_with_its_parts(tmp_path):
+    (tmp_path / "mine.py").write_text("def short(prompts, completions):\n    return [-len(text) for text in completions]\n")
+    folder = reward_folder(tmp_path / "rm")
+    options = ["--reward", "exact@2", f"{tmp_path / 'mine.py'}:short@0.1", f"reward_model:{folder}@-1", "--rounds", 1]
+    values = train(tmp_path / "run", *options)
+    for row in (lines(tmp_path / "run")[1], values):
+        parts = 2 * row["reward_exact"] + 0.1 * row["reward_short"] - row["reward_reward_model"]
+        assert row["reward"] == pytest.approx(parts, abs=1e-5)
+        assert row["reward_exact"] == row.get("accuracy", row.get("pass@1")) and row["reward_short"] < -1
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
@@ -302,7 +339,7 @@ def test_a_reward_model_may_have_another_tokenizer_and_a_chat_template(tmp_path)
     folder = reward_folder(tmp_path / "rm", *marks, **{"chat_template.jinja": template})
     run, problems = start("--reward", folder)
     model, tokens = RewardModel.from_pretrained(folder), [*marks, *arithmetic.TOKENS]
-    rewards = run.reward(problems[:1], ["c7+8"], torch.zeros(1))
+    rewards = run.reward(["c7+8"], problems[:1])["reward"]
     words = ["<bos>", "<start_of_turn>", "user", "\n", *problems[0].question, "<end_of_turn>", "\n",
              "<start_of_turn>", "model", "\n", *"c7+8", "<end_of_turn>", "\n"]  # fmt: skip
     assert rewards.item() == pytest.approx(model(torch.tensor([[tokens.index(word) for word in words]])).item(), abs=1e-4)
@@ -348,7 +385,7 @@ def test_comparisons_pass_options_that_the_script_has():
         for options in compare.COMPARISONS[name].settings.values():
             options = {**options, **compare.COMPARISONS[name].common}
             args = train_grpo.parse([word for key, value in options.items() for word in (f"--{key}", str(value))])
-            assert {key: getattr(args, key.replace("-", "_")) for key in options} == options
+            assert all(getattr(args, key.replace("-", "_")) in (value, [value]) for key, value in options.items())
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input
@@ -394,7 +431,15 @@ def refused(capsys, *argv):
         (["--held-out", "p.jsonl"], "--problems and --held-out: expected both or neither"),
         (["--problems", "no-such-file", "--held-out", "no-such-file"], "no-such-file"),
         (["--model", "no-such-folder"], "no-such-folder/config.json: no such file"),
-        (["--reward", "no-such-folder"], "no-such-folder/config.json: no such file"),
+        (
+            ["--reward", "no-such-folder"],
+            "reward 'no-such-folder': no such reward or folder; expected one of exact, format, dec",
+        ),
+        (["--reward", "reward_model:nowhere"], "nowhere/config.json: no such file"),
+        (["--reward", "exact", "exact@2"], "reward 'exact@2': exact is named twice"),
+        (["--reward", "format", "--format-reward", 1], "reward 'format@1.0': format is named twice"),
+        (["--reward", "exact@nan"], "reward 'exact@nan': the weight is nan; expected a finite number"),
+        (["--reward", "nowhere.py:f"], "nowhere.py: no such file; expected one with the reward function 'f'"),
         (["--reward", BASE], "'architectures' is ['Qwen3ForCausalLM']; expected ['Qwen3ForSequenceClassification']"),
         (["--max-prompt-tokens", 5], "arithmetic_data/train.jsonl, --max-prompt-tokens 5: prompt 0 has 6 tokens"),
         (["--max-new-tokens", 59], "--max-new-tokens 59 behind a prompt of 6 exceeds the model's 64 positions"),
@@ -413,7 +458,10 @@ def test_bad_options_are_refused(capsys, tmp_path, options, message):
         ('\n["1+1=", "#### 2"]\n', ", line 2: expected an object with a text under 'question'"),
         ('{"question": "1+1="}\n', ", line 1: expected an object with a text under 'answer'"),
         ('{"question": "1+1=", "answer": "2"}\n', ", line 1: 'answer' has no number after '####'"),
-        ('{"question": "%s=", "answer": "#### 2"}\n' % ("1" * 81), ", --max-prompt-tokens 50: prompt 0 has 82 tokens; expected"),
+        (
+            '{"question": "%s=", "answer": "#### 2"}\n' % ("1" * 81),
+            ", --max-prompt-tokens 50: prompt 0 has 82 tokens; expected",
+        ),
         ('{"question": "%s=", "answer": "#### 2"}\n' % ("1" * 42), ": --max-new-tokens 22 behind a prompt of 43 exceeds the"),
     ],
 )
@@ -493,10 +541,18 @@ def test_a_reward_or_loss_that_is_not_finite_stops_the_run(capsys, tmp_path, mon
     assert "round 3: loss nan" in line and f"last good checkpoint: {tmp_path / 'run' / 'model'} (round 2)" in line
     assert all(tensor.isfinite().all() for tensor in Decoder.from_pretrained(tmp_path / "run" / "model").state_dict().values())
     monkeypatch.undo()
-    answers = iter([0.0] * (256 + 16) + [float("inf")] * 16)  # of the first evaluation and round; of the second round
-    monkeypatch.setattr(rewards_text, "exact_answer", lambda text, answer: next(answers))
-    line = refused(capsys, "--out", tmp_path / "other")
-    assert "round 2: a reward of the problem '" in line and "is not finite; last good checkpoint: none yet" in line
+    (tmp_path / "mine.py").write_text(  # called in the first evaluation and round, then in the second round
+        "calls = []\n\ndef poisoned(prompts, completions):\n    calls.append(1)\n"
+        "    return [0.0] * 4 + [float('inf' if len(calls) == 3 else 0)] * (len(prompts) - 4)\n"
+    )
+    line = refused(capsys, "--out", tmp_path / "other", "--reward", f"{tmp_path / 'mine.py'}:poisoned")
+    assert "round 2: a reward of the prompt '" in line and "is not finite (poisoned); last good checkpoint: none yet" in line
+
+
+def test_a_failing_reward_function_is_one_line(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("def f(prompts, completions):\n    return {}[prompts[0][:0]]\n")
+    line = refused(capsys, "--out", tmp_path / "run", "--reward", f"{tmp_path / 'mine.py'}:f")
+    assert line == f"error: {tmp_path / 'mine.py'}, line 2: KeyError: ''\n"
 
 
 def test_the_script_runs_as_a_script(tmp_path):
