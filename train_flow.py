@@ -267,6 +267,7 @@ class Run:
 
 def main(argv=None):
     args = parse(argv)
+    runtime.refuse_used_folder(args.out)
     run = Run(args)
     out = runtime.open_run_folder(args.out)
     config = {name: value for name, value in vars(args).items() if name != "out"}

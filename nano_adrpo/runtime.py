@@ -76,11 +76,16 @@ def device(name):
     return name
 
 
-def open_run_folder(path):
-    """Creates an empty folder for a run's files; one that holds any is refused, so that no run writes over another."""
-    path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
+def refuse_used_folder(path):
+    """A folder with files in it is refused, so that no run writes over another: before long work, and with nothing created."""
+    if Path(path).is_dir() and any(Path(path).iterdir()):
         raise ValueError(f"--out {path}: the folder is not empty; expected a new or empty one")
+
+
+def open_run_folder(path):
+    """Creates an empty folder for a run's files."""
+    path = Path(path)
+    refuse_used_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".write-test"

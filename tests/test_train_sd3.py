@@ -1,6 +1,5 @@
 """train_flow.py on an SD3 in small: latents, three text encoders, adapters; and the README's commands for it."""
 
-import contextlib
 import json
 import re
 import shutil
@@ -84,7 +83,7 @@ def test_all_weights_train_and_open_again(train, sd3):
     out, rows = train("run", "--lr", 1e-3)
     assert {path.name for path in (out / "model").iterdir()} == {"transformer", "vae", "scheduler", "model_index.json"}
     model = TextToImage.from_pretrained(out / "model", base=sd3)
-    assert model.encode(["a cat"]).context.shape[0] == 1 and rows[3]["eval"]["w2"] > rows[0]["eval"]["w2"] == 0
+    assert model.encode(["a cat"]).context.shape[0] == 1 and rows[3]["eval"]["w2"] > 1e-6 > rows[0]["eval"]["w2"]
     with pytest.raises(FileNotFoundError, match="text_encoder: no such folder"):
         TextToImage.from_pretrained(out / "model")
 
@@ -181,7 +180,7 @@ def refused(capsys, train, *options, **kinds):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--resolution", 20], "--resolution 20: expected a multiple of 16"),
+        (["--resolution", 20], "--resolution: resolution 20: expected a multiple of 16"),
         (["--lora-rank", 2, "--lora-targets", "to_x"], "no linear layer whose name ends in 'to_x'"),
         (["--lora-alpha", 2], "--lora-alpha and --lora-targets: expected only with --lora-rank"),
         (["--ema", 1], "argument --ema: 1 is not a number in [0, 1)"),
@@ -225,10 +224,10 @@ def test_a_compiled_transformer_trains_the_same(train):
 
 # What makes the README's commands run here: the last of an option counts.
 HERE = {
-    "train_flow.py": "--device cpu --resolution 16 --rounds 1 --ode-steps 2 --prompts-per-round 2 --group-size 2 --eval-samples 2 "
+    "train_flow.py": "--resolution 16 --rounds 1 --ode-steps 2 --prompts-per-round 2 --group-size 2 --eval-samples 2 "
     "--rollout-batch 2 --micro-batch 2 --inner-steps 1",
-    "nano_adrpo.sample": "--device cpu --resolution 16 --steps 2",
-    "nano_adrpo.evaluate": "--device cpu --resolution 16 --steps 2 --samples 2 --seeds 1",
+    "nano_adrpo.sample": "--resolution 16 --steps 2",
+    "nano_adrpo.evaluate": "--resolution 16 --steps 2 --samples 2 --seeds 1",
 }
 
 
@@ -246,6 +245,7 @@ def test_the_readmes_sd3_commands_run(tmp_path, sd3, clip):
     for command in commands:
         script = next(name for name in HERE if name in command)
         command = command.replace(".venv/bin/python", sys.executable).replace(" train_flow.py", f" {ROOT / 'train_flow.py'}")
+        command = command.replace("--device cuda", "--device cpu")
         environment = {"SD3": str(sd3), "CLIP": str(clip), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(f"{command} {HERE[script]}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
