@@ -85,7 +85,7 @@ def draw_images(args, texts):
         negative = condition[torch.full_like(part, -1)]
         latents = model.sample(noise[part].to(args.device), condition[rows[part]], times, negative, args.guidance)
         drawn.append(model.decode(latents, args.tile).float().cpu())
-        print(f"{len(drawn) * args.batch if len(drawn) * args.batch < len(rows) else len(rows)}/{len(rows)} images", flush=True)
+        print(f"{part[-1] + 1}/{len(rows)} images", flush=True)
     return torch.cat(drawn)
 
 
@@ -99,9 +99,12 @@ def draw_texts(args, texts):
         tokenizer, eos, template = chat.tokenizer_of(model), chat.stop_ids(model), chat.template_of(model)
     asked = [template([{"role": "user", "content": text}]) if template else text for text in texts]
     asked = [text for text in asked for _ in range(args.count)]
+    limit = model.config.max_position_embeddings - args.max_new_tokens
+    if limit < 1:
+        positions = model.config.max_position_embeddings
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected less than the model's {positions} positions")
     generator, completions = torch.Generator(args.device).manual_seed(args.seed), []
     for start in range(0, len(asked), args.batch):
-        limit = model.config.max_position_embeddings - args.max_new_tokens
         ids, mask = chat.encode_prompts(tokenizer, asked[start : start + args.batch], limit, not template, args.device)
         full, seen = model.generate(
             ids, mask, args.max_new_tokens, args.temperature, args.top_k, args.top_p, eos=eos, generator=generator

@@ -1,0 +1,160 @@
+"""sample: grids and single images, adapters, text, refusals."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import tiny_sd3
+import torch
+
+from nano_adrpo import images, lora, runtime, sample
+from nano_adrpo.demo import arithmetic, digits
+from nano_adrpo.models.decoder import Decoder
+from nano_adrpo.text_to_image import TextToImage
+
+BASE = digits.HERE / "base"
+ADDER = arithmetic.HERE / "arithmetic_base"
+
+
+def run(*options):
+    sample.main([str(option) for option in options])
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a bold handwritten two\na thin handwritten nine\n")
+    return tmp_path / "prompts.txt"
+
+
+def test_single_images_and_a_grid_are_the_same_images(tmp_path, prompts):
+    options = ["--model", BASE, "--prompts", prompts, "--count", 3, "--steps", 2]
+    for name in ("a", "b"):
+        run(*options, "--out", tmp_path / name)
+    names = [f"{row:04d}_{column:02d}.png" for row in (0, 1) for column in (0, 1, 2)]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == names
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    run(*options, "--out", tmp_path / "deep" / "grid.png")
+    grid = images.read_png(tmp_path / "deep" / "grid.png")
+    assert grid.shape == (1, 2 * 8 + 2, 3 * 8 + 4)
+    assert torch.equal(grid[:, 10:, 10:18], images.read_png(tmp_path / "a" / "0001_01.png"))
+    run(*options, "--batch", 1, "--seed", 1, "--out", tmp_path / "c")
+    assert (tmp_path / "a" / names[0]).read_bytes() != (tmp_path / "c" / names[0]).read_bytes()
+
+
+def test_images_are_the_models(tmp_path):
+    run("--model", BASE, "--prompt", "a bold handwritten two", "--steps", 3, "--out", tmp_path / "two.png")
+    model = TextToImage.from_pretrained(BASE)
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    condition = model.encode(["a bold handwritten two"])
+    with torch.no_grad():
+        for t in (0, 1 / 3, 2 / 3):  # Euler
+            x = x + model.velocity(x, t, condition) / 3
+    assert (images.read_png(tmp_path / "two.png") - x[0].clamp(-1, 1)).abs().max() < 1.1 / 255
+
+
+def write_adapter(model, targets, folder):
+    lora.add(model, targets, 2, 2, torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(3.0)
+    lora.save(model, folder)
+    return folder
+
+
+def test_an_adapter_changes_the_images(tmp_path):
+    adapter = write_adapter(TextToImage.from_pretrained(BASE).transformer, lora.MMDIT_TARGETS, tmp_path / "adapter")
+    options = ["--model", BASE, "--prompt", "a bold handwritten two", "--steps", 2]
+    run(*options, "--out", tmp_path / "base.png")
+    run(*options, "--adapter", adapter, "--out", tmp_path / "tuned.png")
+    assert (tmp_path / "base.png").read_bytes() != (tmp_path / "tuned.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory):
+    return tiny_sd3.folder(tmp_path_factory.mktemp("sd3"))
+
+
+def test_sd3_with_guidance_in_tiles_and_without_t5(tmp_path, sd3, capsys):
+    options = ["--model", sd3, "--prompt", "a cat", "--steps", 2, "--resolution", 48, "--count", 3, "--batch", 2]
+    changes = ([], ["--guidance", 4], ["--guidance", 4, "--negative-prompt", "the one"], ["--t5", "zeros"], ["--tile", 2])
+    for i, change in enumerate(changes):
+        run(*options, *change, "--out", tmp_path / f"{i}.png")
+    assert len({(tmp_path / f"{i}.png").read_bytes() for i in range(len(changes))}) == len(changes)
+    run(*options, "--t5", "stream", "--out", tmp_path / "streamed.png")
+    assert (tmp_path / "streamed.png").read_bytes() == (tmp_path / "0.png").read_bytes()
+    assert images.read_png(tmp_path / "0.png").shape == (3, 48, 3 * 48 + 4)
+    assert "2/3 images" in (printed := capsys.readouterr().out) and "3/3 images" in printed
+
+
+def test_a_single_file_with_a_base(tmp_path, sd3):
+    file = tiny_sd3.single_file(tmp_path / "sd3_medium.safetensors", sd3, ["transformer", "vae"])
+    for name, model in (("folder", [sd3]), ("file", [file, "--base", sd3])):
+        run("--model", *model, "--prompt", "a cat", "--steps", 2, "--resolution", 16, "--out", tmp_path / f"{name}.png")
+    a, b = (images.read_png(tmp_path / f"{name}.png") for name in ("folder", "file"))
+    assert (a - b).abs().max() < 2.1 / 255
+
+
+def test_text_is_the_decoders(capsys, tmp_path):
+    options = ["--model", ADDER, "--prompt", "12+39=", "--max-new-tokens", 22]
+    run(*options, "--temperature", 0, "--count", 2)
+    printed = capsys.readouterr().out
+    model = Decoder.from_pretrained(ADDER)
+    from nano_adrpo import chat
+
+    tokenizer = chat.tokenizer_of(model)
+    ids, mask = chat.encode_prompts(tokenizer, ["12+39="], 64)
+    full, seen = model.generate(ids, mask, 22, temperature=0, eos=chat.stop_ids(model))
+    text = chat.decode(tokenizer, full[:, ids.shape[1] :], seen)[0]
+    assert printed == f"> 12+39=\n{text}\n\n" * 2 and "####" in text
+    adapter = write_adapter(model, lora.DECODER_TARGETS, tmp_path / "adapter")
+    run(*options, "--temperature", 0, "--adapter", adapter)
+    assert capsys.readouterr().out != f"> 12+39=\n{text}\n\n"
+    run(*options, "--count", 5, "--batch", 2, "--top-k", 3, "--top-p", 0.9, "--seed", 1)
+    assert capsys.readouterr().out.count("> 12+39=") == 5
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", BASE, "--out", "x"], "--prompt and --prompts: expected one of them"),
+        (["--model", BASE, "--prompt", "a", "--prompts", "b", "--out", "x"], "--prompt and --prompts: expected one of them"),
+        (["--model", BASE, "--prompt", "a"], "--out: expected FILE.png or a folder"),
+        (["--model", "nowhere", "--prompt", "a", "--out", "x.png"], "nowhere: no transformer/ in it"),
+        (["--model", BASE, "--prompts", "nowhere", "--out", "x.png"], "nowhere: no such file"),
+        (["--model", BASE, "--prompt", "a", "--resolution", 9, "--out", "x.png"], "resolution 9: expected a multiple of 2"),
+        (["--model", BASE, "--prompt", "a", "--adapter", "nowhere", "--out", "x.png"], "adapter_config.json: no such file"),
+        (["--model", ADDER, "--prompt", "a"], "--max-new-tokens 256: expected less than the model's 64 positions"),
+        (["--model", ADDER, "--prompt", "a", "--max-new-tokens", 5, "--top-p", 2], "top_p is 2.0; expected above 0 and at"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(lambda: run(*options))
+    assert stop.value.code == 2 and message in (line := capsys.readouterr().err.splitlines()[-1]) and line.startswith("error: ")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_nothing_is_written_over(tmp_path):
+    (tmp_path / "kept.png").write_bytes(b"mine")
+    options = ["--model", BASE, "--prompt", "a", "--steps", 1]
+    with pytest.raises(ValueError, match="kept.png: the file exists"):
+        run(*options, "--out", tmp_path / "kept.png")
+    with pytest.raises(ValueError, match="the folder is not empty"):
+        run(*options, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.png"] and (tmp_path / "kept.png").read_bytes() == b"mine"
+
+
+def test_an_adapter_of_another_model_is_named(tmp_path, sd3):
+    adapter = write_adapter(TextToImage.from_pretrained(sd3, encoders=False).transformer, ["to_q"], tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"key 'base_model.model.transformer_blocks.0.attn.*' has shape \[2, 128\]; expected \[2, 64\]"):
+        run("--model", BASE, "--prompt", "a", "--adapter", adapter, "--out", tmp_path / "x.png")
+
+
+def test_kinds_of_models_are_told_apart(tmp_path):
+    assert sample.is_decoder(ADDER) and not sample.is_decoder(BASE) and not sample.is_decoder(tmp_path)
+    shutil.copytree(digits.HERE / "clip", tmp_path / "clip")
+    assert not sample.is_decoder(tmp_path / "clip")
+    tiny.write_json(tmp_path / "config.json", {"model_type": "qwen2"})
+    assert sample.is_decoder(tmp_path) and json.loads((tmp_path / "config.json").read_text())
