@@ -56,7 +56,9 @@ def test_seed_0_is_the_training_scripts_evaluation(tmp_path, runs, name, samples
 
 
 def test_standard_errors_are_over_seeds_or_over_training_runs(tmp_path, runs, few):
-    table = run("--models", f"base={BASE}", f"tuned={runs / 'full' / 'model'}", f"tuned={runs / 'full' / 'round-1' / 'model'}", *few)
+    table = run(
+        "--models", f"base={BASE}", f"tuned={runs / 'full' / 'model'}", f"tuned={runs / 'full' / 'round-1' / 'model'}", *few
+    )
     out = tmp_path / "out"
     a, b = (stored(out, f"base.0.seed{seed}")["reward"] for seed in (0, 1))
     assert table["base"]["reward"] == pytest.approx(((a + b) / 2, abs(a - b) / 2))  # s/√2 of two numbers, s = |a − b|/√2

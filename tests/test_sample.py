@@ -148,7 +148,9 @@ def test_nothing_is_written_over(tmp_path):
 
 def test_an_adapter_of_another_model_is_named(tmp_path, sd3):
     adapter = write_adapter(TextToImage.from_pretrained(sd3, encoders=False).transformer, ["to_q"], tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"key 'base_model.model.transformer_blocks.0.attn.*' has shape \[2, 128\]; expected \[2, 64\]"):
+    with pytest.raises(
+        ValueError, match=r"key 'base_model.model.transformer_blocks.0.attn.*' has shape \[2, 128\]; expected \[2, 64\]"
+    ):
         run("--model", BASE, "--prompt", "a", "--adapter", adapter, "--out", tmp_path / "x.png")
 
 

@@ -156,7 +156,9 @@ def test_checkpoints_are_kept(train):
 
 def test_phases_are_logged_on_the_console(train, capsys):
     train("run", *ADAPTERS)
-    assert re.search(r"rollout \d+\.\d\d s \d+\.\d GiB  reward \d+\.\d\d s \d+\.\d GiB  update \d+\.\d\d s", capsys.readouterr().out)
+    assert re.search(
+        r"rollout \d+\.\d\d s \d+\.\d GiB  reward \d+\.\d\d s \d+\.\d GiB  update \d+\.\d\d s", capsys.readouterr().out
+    )
 
 
 def test_json_lines_are_prompts(tmp_path):
@@ -246,8 +248,16 @@ def test_the_readmes_sd3_commands_run(tmp_path, sd3, clip):
         script = next(name for name in HERE if name in command)
         command = command.replace(".venv/bin/python", sys.executable).replace(" train_flow.py", f" {ROOT / 'train_flow.py'}")
         command = command.replace("--device cuda", "--device cpu")
-        environment = {"SD3": str(sd3), "CLIP": str(clip), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(f"{command} {HERE[script]}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        environment = {
+            "SD3": str(sd3),
+            "CLIP": str(clip),
+            "PYTHONPATH": str(ROOT),
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            f"{command} {HERE[script]}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 8
     table = (tmp_path / "runs" / "sd3-evaluation" / "table.md").read_text()
