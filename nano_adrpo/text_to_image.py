@@ -92,7 +92,7 @@ class TextToImage:
         latents. tile: None, or the side in latent pixels of the squares that large images are decoded in."""
         if self.vae is None:
             return latents
-        inputs = latents.to(next(self.vae.parameters()).dtype).split(1)  # one by one: each takes 2.7 GB at 1024 px in bfloat16
+        inputs = latents.to(next(self.vae.parameters()).dtype).split(1)  # one by one: at 1024 px each takes gigabytes
         return torch.cat([self.vae.decode(latent, tile) for latent in inputs]).to(latents.dtype)
 
     @classmethod
