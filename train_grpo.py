@@ -224,7 +224,7 @@ class Run:
         bounds = (advantages <= args.a_min) | (advantages >= args.a_max)
         return {
             "loss": loss_sum, "grad_norm": norm, "clip_fraction": clipped / (args.inner_epochs * tokens.sum().item()),
-            "entropy": entropy[tokens].mean().item(), **kl_means(old_logp[tokens], ref_logp[tokens]),
+            "entropy": entropy[tokens].mean().item(), **metrics.kl_from_reference(old_logp[tokens], ref_logp[tokens]),
             "beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item(),
             "beta_at_bounds": bounds.float().mean().item() if args.method == "adrpo" else 0.0,
             "zero_spread": (spread == spread[:, :1]).all(dim=1).float().mean().item(),
@@ -253,7 +253,7 @@ class Run:
         }
         if size >= 8:
             values["pass@8"] = metrics.pass_at_k(correct.reshape(-1, size), 8)
-        values |= {"entropy": entropy.mean().item(), **kl_means(logp, ref_logp), "length": len(entropy) / len(texts)}
+        values |= {"entropy": entropy.mean().item(), **metrics.kl_from_reference(logp, ref_logp), "length": len(entropy) / len(texts)}
         if self.demo:  # of the correct answers: how evenly they use the three valid styles, at most ln 3
             right = [arithmetic.style(text) for text, good in zip(texts, correct.tolist()) if good]
             values["style_entropy"] = metrics.entropy(torch.tensor([right.count(style) for style in arithmetic.VALID]))
@@ -272,10 +272,6 @@ def reward_means(rollouts):
     """What to log of the rewards: their mean and, where they are a weighted sum, that of each part."""
     values = [{"reward": rollout.rewards, **rollout.parts} for rollout in rollouts]
     return {name: torch.cat([value[name] for value in values]).mean().item() for name in values[0]}
-
-
-def kl_means(logp, ref_logp):
-    return {f"kl_{kind}": adrpo.kl_divergence(logp, ref_logp, kind).mean().item() for kind in ("k1", "k3")}
 
 
 def main(argv=None):

@@ -110,7 +110,7 @@ def adapted(model):
 
 def add(model, targets, rank, alpha, generator=None):
     """Puts adapters on the linear layers whose name is a target or ends in one ("to_q" is in "attn.to_q", not in "xto_q"), and
-    leaves only them trainable. A is drawn from U(±1/√in), as PEFT and nn.Linear do, on the generator's device.
+    leaves only them trainable; -> the model. A is drawn from U(±1/√in), as PEFT and nn.Linear do, on the generator's device.
 
     Raises ValueError for a model that has adapters, a target that names no linear layer, a rank below 1, an alpha not above 0.
     """
@@ -124,6 +124,7 @@ def add(model, targets, rank, alpha, generator=None):
         down = torch.empty(rank, layer.in_features, device=device, dtype=torch.float32)
         up = torch.zeros(layer.out_features, rank, device=device)
         Adapted.attach(layer, config, down.uniform_(-bound, bound, generator=generator), up)
+    return model
 
 
 @contextlib.contextmanager
@@ -143,13 +144,14 @@ def disabled(model):
 
 @torch.no_grad()
 def merge(model):
-    """Adds each (alpha / rank)·B·A to its weight and leaves a plain model, all of it frozen. The sum is rounded to the weight's
+    """Adds each (alpha / rank)·B·A to its weight and leaves a plain model, all of it frozen; -> it. The sum is rounded to the weight's
     dtype: in bfloat16 a change below 1/256 of a weight may be lost, which adapters that are on keep."""
     for layer in adapted(model).values():
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
         change = layer.scale * (layer.lora_B.weight.to(wide) @ layer.lora_A.weight.to(wide))
         layer.weight.copy_(layer.weight.to(wide) + change)
         layer.detach()
+    return model
 
 
 def save(model, folder):
@@ -174,7 +176,7 @@ def save(model, folder):
 
 
 def load(model, folder):
-    """Adds the adapters of a PEFT folder; only they are trainable then. PEFT's dropout, a matter of training, is not applied.
+    """Adds the adapters of a PEFT folder, which alone are trainable then; -> the model. PEFT's dropout, a matter of training, is not applied.
 
     Raises ValueError naming the file and the key, with the model as it was, for an adapter of another model or of another kind.
     """
@@ -207,3 +209,4 @@ def load(model, folder):
     for name, layer in layers.items():
         down, up = (file.read(f"{PREFIX}{name}.{part}.weight", layer.weight.device) for part in PARTS)
         Adapted.attach(layer, config, down, up)
+    return model

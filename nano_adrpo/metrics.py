@@ -5,14 +5,14 @@ import math
 import torch
 import torch.nn.functional as F
 
-from nano_adrpo.adrpo import squared_error
+from nano_adrpo.adrpo import kl_divergence, squared_error
 
 
 def group_diversity(features, group_size):
     """Mean Euclidean distance between two samples of one prompt, averaged over pairs, then over prompts.
 
-    features   [N, D], samples of one prompt contiguous. Of CLIP image embeddings this is the paper's ClipDiversity; of
-               pixels divided by √D it is the root mean square difference of two images of one prompt.
+    features   [N, D], samples of one prompt contiguous. Of pixels divided by √D it is the root mean square difference of two
+               images of one prompt.
     """
     if group_size < 2 or len(features) % group_size:
         raise ValueError(f"{len(features)} samples do not form groups of {group_size}; expected groups of at least 2")
@@ -23,20 +23,26 @@ def group_diversity(features, group_size):
     return torch.stack(distances).sum(dim=(1, 2)).mean().item() / (group_size * (group_size - 1))
 
 
+def clip_diversity(embeddings, group_size, normalize=True):
+    """The paper's ClipDiversity: group_diversity of CLIP's image embeddings [N, P], as `encode_image` projects them.
+
+    normalize   True: of embeddings of length 1, at most 2. False: of the embeddings as they are. The paper reports about 5,
+                which is the latter's scale if CLIP L/14's image embeddings are about 10 long and two images of one prompt have
+                a cosine of about 0.87 (10·√(2 − 2·0.87) = 5.1): an argument, not a measurement
+    """
+    return group_diversity(F.normalize(embeddings) if normalize else embeddings, group_size)
+
+
 def of_images(images, scores, embeddings, group_size, normalize=True):
     """What the tables say of drawn images: means of the rewards, and two diversities.
 
     images      [N, C, H, W], those of one prompt contiguous
     scores      {name: rewards [N]}
-    embeddings  CLIP's of the images, projected, [N, P]; or None, and then there is no clip_diversity
-    normalize   True: of embeddings of length 1, at most 2. False: of the embeddings as they are projected. The paper reports
-                about 5, which is the latter's scale if CLIP L/14's image embeddings are about 10 long and two images of one
-                prompt have a cosine of about 0.87 (10·√(2 − 2·0.87) = 5.1): an argument, not a measurement
+    embeddings  CLIP's of the images, [N, P], for clip_diversity with `normalize`; or None, and then there is none
     """
     values = {name: rewards.mean().item() for name, rewards in scores.items()}
     if embeddings is not None:
-        embeddings = F.normalize(embeddings) if normalize else embeddings
-        values["clip_diversity"] = group_diversity(embeddings, group_size)
+        values["clip_diversity"] = clip_diversity(embeddings, group_size, normalize)
     values["pixel_diversity"] = group_diversity(images.flatten(1) / images[0].numel() ** 0.5, group_size)
     return values
 
@@ -45,6 +51,12 @@ def w2_divergence(v, v_ref):
     """E|v − v_ref|², squared velocity per element: the tractable upper bound on the squared Wasserstein-2 distance between
     policy and reference (ORW-CFM-W2, arXiv 2502.06061), up to its Lipschitz factor. v, v_ref [N, ...]."""
     return squared_error(v, v_ref).mean().item()
+
+
+def kl_from_reference(logp, ref_logp):
+    """KL(π ‖ π_ref) in nats per token, estimated from tokens that π sampled: {"kl_k1": mean, "kl_k3": mean} (see
+    adrpo.kl_divergence). k1 varies more, k3 is never negative. logp, ref_logp: of the same tokens, any one shape."""
+    return {f"kl_{kind}": kl_divergence(logp, ref_logp, kind).mean().item() for kind in ("k1", "k3")}
 
 
 def frechet_distance(a, b):
