@@ -139,10 +139,11 @@ class Run:
         self.prompts = prompts.read_prompts(args.prompts) if args.prompts else digits.PROMPTS
         self.judge = None if args.prompts else digits.Judge.from_pretrained(digits.HERE / "judge")
         self.reward = rewards.parse(args.reward)
-        dtype = runtime.DTYPES[args.dtype] if args.lora_rank else torch.float32  # weights that are trained are float32
         texts, condition = [*self.prompts, args.negative_prompt], None  # the last row is what guidance leads away from
+        dtype = runtime.DTYPES[args.dtype]
         if args.prompts:  # the text encoders go before the rest comes, and stay on disk where the embeddings are there already
             condition = prompts.cached(args.embeddings, texts, args.model, dtype, args.device, args.base, args.t5)
+        dtype = dtype if args.lora_rank else torch.float32  # weights that are trained are float32
         self.policy = TextToImage.from_pretrained(args.model, dtype, args.device, args.base, encoders=condition is None)
         self.condition = condition or self.policy.encode(texts)
         with runtime.about("--resolution"):
