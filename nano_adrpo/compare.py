@@ -206,7 +206,7 @@ def pictures(rows, x, up, file):
             plots.trajectory(axis, row["path"], x, y, f"C{methods.index(row['setting'].split()[0])}")
             end = row["path"][-1][x], row["path"][-1][y]
             axis.annotate(row["setting"].split(maxsplit=1)[-1], end, (6, 3), textcoords="offset points", fontsize=6)
-        if x in ("w2", "kl_k1"):  # divergences differ by orders of magnitude, and start at 0
+        if x in ("w2", "kl_k1") and max(row["path"][-1][x] for row in rows) > 0.1:  # they start at 0 and differ by magnitudes
             axis.set_xscale("symlog", linthresh=0.01)
         for index, method in enumerate(methods):
             axis.scatter([], [], color=f"C{index}", marker="*", s=120, label=method)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import textwrap
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -24,17 +25,21 @@ def grids(file, panels, prompts):
     """
     if not (plt := pyplot(file)):
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 4 * len(panels), 0.55 * len(prompts) + 0.5), squeeze=False)
+    (channels, height, width), samples = next(iter(panels.values())).shape[1:], len(next(iter(panels.values()))) // len(prompts)
+    cell = 0.5 if height <= 32 else 1.3  # inches
+    size = 2.5 + len(panels) * (samples * cell * width / height + 0.5), (cell + 0.05) * len(prompts) + 0.5
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for column, (axis, (title, images)) in enumerate(zip(axes[0], panels.items())):
         grid = ((images.clamp(-1, 1) + 1) / 2).unflatten(0, (len(prompts), -1))  # [P, G, C, H, W]
-        grid = F.pad(grid, (1, 1, 1, 1))  # a gap between neighbours
+        grid = F.pad(grid, (1, 1, 1, 1), value=float(channels > 1))  # a gap between neighbours, white: grey is drawn reversed
         height, width = grid.shape[-2:]
         grid = grid.permute(0, 3, 1, 4, 2).reshape(len(prompts) * height, -1, grid.shape[2])  # [P·H, G·W, C]
         axis.imshow(grid.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
         axis.set_title(title, fontsize=10)
         axis.set_xticks([])
         axis.set_yticks(
-            [height * (row + 0.5) for row in range(len(prompts))] if column == 0 else [], prompts if column == 0 else []
+            [height * (row + 0.5) for row in range(len(prompts))] if column == 0 else [],
+            [textwrap.fill(prompt, 36) for prompt in prompts] if column == 0 else [],
         )
     save(plt, figure, file)
 
