@@ -92,7 +92,8 @@ def _files(path, stem):
                 raise FileNotFoundError(f"{shard}: no such file; {index.name} lists it")
         return shards, index
     raise FileNotFoundError(
-        f"{path}: no {stem}.safetensors and no {stem}.safetensors.index.json in this folder (pickled .bin files are not read)"
+        f"{path}: no {stem}.safetensors and no {stem}.safetensors.index.json in this folder (a pickled .bin is not read: "
+        "`python -m nano_adrpo.weights convert` makes it one)"
     )
 
 
