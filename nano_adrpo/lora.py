@@ -4,8 +4,8 @@
   * only A and B are trained, in float32; W and b are frozen and may be in half precision, and the products are in the input's
   * with its adapters off the model is the base, bit for bit: the reference needs no second copy of the weights
 
-Files are PEFT's: adapter_config.json and adapter_model.safetensors. Layer names here are those of diffusers and transformers,
-so adapters go to and fro.
+Files are PEFT's: adapter_config.json and adapter_model.safetensors; diffusers' own are read too. Layer names here are those of
+diffusers and transformers, so adapters go to and fro.
 
     lora.add(policy, lora.MMDIT_TARGETS, rank=32, alpha=32, generator=generator)
     optimizer = torch.optim.AdamW(p for p in policy.parameters() if p.requires_grad)
@@ -31,6 +31,7 @@ MMDIT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj",
 DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 PREFIX, PARTS = "base_model.model.", ("lora_A", "lora_B")  # PEFT wraps a model in two more, and its files' keys say so
+DIFFUSERS = "pytorch_lora_weights"  # the file's stem where diffusers saved an adapter, its config in the header
 
 # Keys of adapter_config.json that, if set, change what the model computes in ways not implemented here.
 UNSUPPORTED = (
@@ -175,13 +176,31 @@ def save(model, folder):
     weights.write_json(folder / "adapter_config.json", config)
 
 
+def read(folder):
+    """-> (the values of an adapter's config, the file they stand in, the Checkpoint of its matrices, the prefix of its keys)."""
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists() or not (folder / f"{DIFFUSERS}.safetensors").exists():
+        where = folder / "adapter_config.json"
+        return weights.read_json(where), where, weights.Checkpoint(folder, "adapter_model"), PREFIX
+    file, where = weights.Checkpoint(folder, DIFFUSERS), folder / f"{DIFFUSERS}.safetensors"
+    prefix = "transformer." if any(key.startswith("transformer.") for key in file.shapes) else ""  # a pipeline's, a model's
+    with runtime.about(f"{where}: 'lora_adapter_metadata' in its header"):
+        values = json.loads((file.files[where].metadata() or {}).get("lora_adapter_metadata", "{}"))
+    values = {key.removeprefix(prefix): value for key, value in values.items()}
+    if not values:  # as older versions wrote it: alpha is the rank
+        ranks = [shape[0] for key, shape in file.shapes.items() if key.endswith("lora_A.weight")] or [0]
+        targets = sorted({key.removeprefix(prefix).rpartition(".lora_")[0] for key in file.shapes})
+        values = {"peft_type": "LORA", "r": ranks[0], "lora_alpha": ranks[0], "target_modules": targets}
+    return values, where, file, prefix
+
+
 def load(model, folder):
-    """Adds the adapters of a PEFT folder, which alone are trainable then; -> the model. PEFT's dropout, a matter of training, is not applied.
+    """Adds the adapters of a folder, which alone are trainable then; -> the model. The folder is PEFT's (adapter_config.json,
+    adapter_model.safetensors) or diffusers' (pytorch_lora_weights.safetensors). Dropout, a matter of training, is not applied.
 
     Raises ValueError naming the file and the key, with the model as it was, for an adapter of another model or of another kind.
     """
-    where = Path(folder) / "adapter_config.json"
-    values = weights.read_json(where)
+    values, where, file, prefix = read(folder)
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{where}: 'peft_type' is {values.get('peft_type')!r}; expected 'LORA'")
     for key in UNSUPPORTED:
@@ -191,13 +210,12 @@ def load(model, folder):
     if (start := values.get("init_lora_weights", True)) not in INITIALISATIONS:
         raise ValueError(f"{where}: 'init_lora_weights' is {start!r}, which changes the base's weights and is not implemented")
     config = weights.parse_config(Config, values, where)
-    file = weights.Checkpoint(folder, "adapter_model")
     with runtime.about(where):
         layers = targeted(model, config.target_modules)
     expected = {}
     for name, layer in layers.items():
-        expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, layer.in_features)
-        expected[f"{PREFIX}{name}.lora_B.weight"] = (layer.out_features, config.r)
+        expected[f"{prefix}{name}.lora_A.weight"] = (config.r, layer.in_features)
+        expected[f"{prefix}{name}.lora_B.weight"] = (layer.out_features, config.r)
     for key, shape in file.shapes.items():
         if key not in expected:
             raise ValueError(f"{file.home[key]}: key '{key}' has no counterpart in {type(model).__name__}")
@@ -207,6 +225,6 @@ def load(model, folder):
         raise ValueError(f"{file.path}: key '{missing[0]}' is missing ({len(missing)} of {len(expected)} keys are)")
     model.requires_grad_(False)
     for name, layer in layers.items():
-        down, up = (file.read(f"{PREFIX}{name}.{part}.weight", layer.weight.device) for part in PARTS)
+        down, up = (file.read(f"{prefix}{name}.{part}.weight", layer.weight.device) for part in PARTS)
         Adapted.attach(layer, config, down, up)
     return model

@@ -428,6 +428,33 @@ def test_damaged_and_missing_files_are_refused(folder):
     refused(base(), folder, "adapter_config.json: no such file")
 
 
+def test_diffusers_own_file(folder, tmp_path):
+    ours = {name.removeprefix(lora.PREFIX): tensor for name, tensor in load_file(folder / FILE).items()}
+    file, header = tmp_path / "pytorch_lora_weights.safetensors", {"r": 4, "lora_alpha": 8, "target_modules": ["to_q"]}
+
+    def write(tensors, **header):
+        save_file(tensors, file, {"lora_adapter_metadata": json.dumps(header)} if header else None)
+
+    write({f"transformer.{name}": tensor for name, tensor in ours.items()})  # without a header alpha is the rank
+    loaded = lora.load(base(), tmp_path)
+    assert next(iter(lora.adapted(loaded).values())).scale == 1
+    assert torch.equal(
+        loaded.transformer_blocks[1].attn.to_q.lora_B.weight, ours["transformer_blocks.1.attn.to_q.lora_B.weight"]
+    )
+    write(ours, **header)
+    refused(base(), tmp_path, f"{file}: 'peft_type' is None; expected 'LORA'")
+    write(ours, peft_type="LORA", use_dora=True, **header)
+    refused(base(), tmp_path, f"{file}: 'use_dora' is True, which is not implemented")
+    write(
+        {f"transformer.{name}": tensor for name, tensor in ours.items()} | {"text_encoder.x.lora_A.weight": torch.zeros(4, 2)}
+    )
+    refused(base(), tmp_path, f"{file}: key 'text_encoder.x.lora_A.weight' has no counterpart in MMDiT")
+    save_file(ours, file, {"lora_adapter_metadata": "{"})
+    refused(base(), tmp_path, f"{file}: 'lora_adapter_metadata' in its header")
+    write({"x": torch.zeros(1)})
+    refused(base(), tmp_path, f"{file}: key 'r' is 0; expected a positive int")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

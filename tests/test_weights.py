@@ -44,7 +44,8 @@ def test_missing_files_are_named(tmp_path):
         weights.Checkpoint(tmp_path / "no-such")
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(
-        FileNotFoundError, match=r"no model.safetensors and no model.safetensors.index.json .*pickled .bin is not read: .*weights convert"
+        FileNotFoundError,
+        match=r"no model.safetensors and no model.safetensors.index.json .*pickled .bin is not read: .*weights convert",
     ):
         weights.Checkpoint(tmp_path)
 

@@ -3,8 +3,9 @@
 import pytest
 import tiny
 import torch
-from diffusers import SD3Transformer2DModel
-from peft import LoraConfig, PeftModel, get_peft_model
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import train_grpo
@@ -83,6 +84,26 @@ def test_pefts_adapter_opens_here(tmp_path, kind, models, rank, alpha):
     lora.merge(ours)
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, merged.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("saved_by, alpha", [("model", 6), ("pipeline", 6), ("older pipeline", 3)])
+def test_diffusers_own_file_opens_here(tmp_path, saved_by, alpha):
+    tiny.fill(SD3Transformer2DModel(**tiny.MMDIT_STYLES["sd3.5-medium"])).save_pretrained(tmp_path / "base")
+    theirs = SD3Transformer2DModel.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    theirs.add_adapter(LoraConfig(r=3, lora_alpha=alpha, init_lora_weights=False, target_modules=["to_q", "to_out.0"]))
+    if saved_by == "model":
+        theirs.save_lora_adapter(tmp_path / "adapter")
+    else:
+        header = _collate_lora_metadata({"transformer": theirs}) if saved_by == "pipeline" else {}
+        matrices = get_peft_model_state_dict(theirs)
+        StableDiffusion3Pipeline.save_lora_weights(tmp_path / "adapter", transformer_lora_layers=matrices, **header)
+    base = MMDiT.from_pretrained(tmp_path / "base")
+    ours = lora.load(MMDiT.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    expected = output(theirs)
+    assert (output(ours) - expected).abs().max() < 1e-5 < 0.1 < (expected - output(base)).abs().max()
+    lora.save(ours, tmp_path / "again")
+    torch.testing.assert_close(output(lora.load(base, tmp_path / "again")), output(ours), rtol=0, atol=0)
 
 
 def test_our_adapter_opens_in_peft(tmp_path, kind, models):
