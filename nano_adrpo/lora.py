@@ -145,8 +145,8 @@ def disabled(model):
 
 @torch.no_grad()
 def merge(model):
-    """Adds each (alpha / rank)·B·A to its weight and leaves a plain model, all of it frozen; -> it. The sum is rounded to the weight's
-    dtype: in bfloat16 a change below 1/256 of a weight may be lost, which adapters that are on keep."""
+    """Adds each (alpha / rank)·B·A to its weight and leaves a plain model, all of it frozen; -> it. The sum is rounded to the
+    weight's dtype: in bfloat16 a change below 1/256 of a weight may be lost, which adapters that are on keep."""
     for layer in adapted(model).values():
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
         change = layer.scale * (layer.lora_B.weight.to(wide) @ layer.lora_A.weight.to(wide))
@@ -177,7 +177,7 @@ def save(model, folder):
 
 
 def read(folder):
-    """-> (the values of an adapter's config, the file they stand in, the Checkpoint of its matrices, the prefix of its keys)."""
+    """-> (an adapter's config as a dict, the file that holds it, the Checkpoint of its matrices, the prefix of their keys)."""
     folder = Path(folder)
     if (folder / "adapter_config.json").exists() or not (folder / f"{DIFFUSERS}.safetensors").exists():
         where = folder / "adapter_config.json"
