@@ -29,7 +29,7 @@ class Release:
     def __init__(self, path, base=None):
         self.path, self.base = Path(path), base and Path(base)
         if not self.path.exists():  # asked here, since a mistyped path is not to be completed by base
-            raise FileNotFoundError(f"{path}: no transformer/ in it; {PARTS['transformer'][0]}")
+            raise FileNotFoundError(f"{path}: no such file or folder; {PARTS['transformer'][0]}")
         if base and not self.base.is_dir():
             raise FileNotFoundError(f"{base}: no such folder; expected one in diffusers' SD3 pipeline layout")
         self.keys = weights.Checkpoint(path).home if self.path.is_file() else ()

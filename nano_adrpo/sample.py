@@ -44,7 +44,7 @@ def parse(argv=None):
     )
     add("--tile", type=positive(int), help="decode in tiles of so many latent pixels: less memory for large images")
     add = parser.add_argument_group("text").add_argument
-    add("--max-new-tokens", type=positive(int), default=256, help="tokens of a completion")
+    add("--max-new-tokens", type=positive(int), help="tokens of a completion; default 256, or half the model's positions")
     add("--temperature", type=positive(float, zero=True), default=1.0, help="0 is greedy")
     add("--top-k", type=positive(int, zero=True), default=0, help="likeliest tokens kept; 0 keeps all")
     add("--top-p", type=positive(float), default=1.0, help="probability kept; 1 keeps all")
@@ -55,7 +55,7 @@ def parse(argv=None):
     add("--device", type=runtime.device, default="cpu", help="torch device")
     add("--dtype", choices=tuple(runtime.DTYPES), help="of weights and computation; default the file's")
     args = parser.parse_args(argv)
-    if bool(args.prompt) == bool(args.prompts):
+    if (args.prompt is None) == (args.prompts is None):
         raise ValueError("--prompt and --prompts: expected one of them")
     return args
 
@@ -99,24 +99,26 @@ def draw_texts(args, texts):
         tokenizer, eos, template = chat.tokenizer_of(model), chat.stop_ids(model), chat.template_of(model)
     asked = [template([{"role": "user", "content": text}]) if template else text for text in texts]
     asked = [text for text in asked for _ in range(args.count)]
-    limit = model.config.max_position_embeddings - args.max_new_tokens
-    if limit < 1:
-        positions = model.config.max_position_embeddings
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens}: expected less than the model's {positions} positions")
+    positions = model.config.max_position_embeddings
+    new = args.max_new_tokens or min(256, positions // 2)
+    if new >= positions:
+        raise ValueError(f"--max-new-tokens {new}: expected less than the model's {positions} positions")
     generator, completions = torch.Generator(args.device).manual_seed(args.seed), []
     for start in range(0, len(asked), args.batch):
-        ids, mask = chat.encode_prompts(tokenizer, asked[start : start + args.batch], limit, not template, args.device)
-        full, seen = model.generate(
-            ids, mask, args.max_new_tokens, args.temperature, args.top_k, args.top_p, eos=eos, generator=generator
+        ids, mask = chat.encode_prompts(
+            tokenizer, asked[start : start + args.batch], positions - new, not template, args.device
         )
+        full, seen = model.generate(ids, mask, new, args.temperature, args.top_k, args.top_p, eos=eos, generator=generator)
         completions += chat.decode(tokenizer, full[:, ids.shape[1] :], seen)
     return completions
 
 
 def main(argv=None):
     args = parse(argv)
-    texts = prompts.read_prompts(args.prompts) if args.prompts else [args.prompt]
+    texts = [args.prompt] if args.prompts is None else prompts.read_prompts(args.prompts)
     if is_decoder(args.model):
+        if args.out:
+            raise ValueError(f"--out {args.out}: expected none, since --model writes text, which goes to the console")
         for index, text in enumerate(draw_texts(args, texts)):
             print(f"> {texts[index // args.count]}\n{text}\n")
         return

@@ -95,6 +95,11 @@ def test_a_single_file_with_a_base(tmp_path, sd3):
     assert (a - b).abs().max() < 2.1 / 255
 
 
+def test_the_empty_prompt_is_one(tmp_path, sd3):
+    run("--model", sd3, "--prompt", "", "--steps", 1, "--resolution", 16, "--out", tmp_path / "x.png")
+    assert images.read_png(tmp_path / "x.png").shape == (3, 16, 16)
+
+
 def test_text_is_the_decoders(capsys, tmp_path):
     options = ["--model", ADDER, "--prompt", "12+39=", "--max-new-tokens", 22]
     run(*options, "--temperature", 0, "--count", 2)
@@ -112,6 +117,8 @@ def test_text_is_the_decoders(capsys, tmp_path):
     assert capsys.readouterr().out != f"> 12+39=\n{text}\n\n"
     run(*options, "--count", 5, "--batch", 2, "--top-k", 3, "--top-p", 0.9, "--seed", 1)
     assert capsys.readouterr().out.count("> 12+39=") == 5
+    run("--model", ADDER, "--prompt", "12+39=", "--temperature", 0)  # the default length fits the model's 64 positions
+    assert capsys.readouterr().out == f"> 12+39=\n{text}\n\n"
 
 
 @pytest.mark.parametrize(
@@ -120,11 +127,15 @@ def test_text_is_the_decoders(capsys, tmp_path):
         (["--model", BASE, "--out", "x"], "--prompt and --prompts: expected one of them"),
         (["--model", BASE, "--prompt", "a", "--prompts", "b", "--out", "x"], "--prompt and --prompts: expected one of them"),
         (["--model", BASE, "--prompt", "a"], "--out: expected FILE.png or a folder"),
-        (["--model", "nowhere", "--prompt", "a", "--out", "x.png"], "nowhere: no transformer/ in it"),
+        (["--model", "nowhere", "--prompt", "a", "--out", "x.png"], "nowhere: no such file or folder; expected a folder"),
         (["--model", BASE, "--prompts", "nowhere", "--out", "x.png"], "nowhere: no such file"),
         (["--model", BASE, "--prompt", "a", "--resolution", 9, "--out", "x.png"], "resolution 9: expected a multiple of 2"),
         (["--model", BASE, "--prompt", "a", "--adapter", "nowhere", "--out", "x.png"], "adapter_config.json: no such file"),
-        (["--model", ADDER, "--prompt", "a"], "--max-new-tokens 256: expected less than the model's 64 positions"),
+        (["--model", ADDER, "--prompt", "a", "--out", "x"], "--out x: expected none, since --model writes text"),
+        (
+            ["--model", ADDER, "--prompt", "a", "--max-new-tokens", 64],
+            "--max-new-tokens 64: expected less than the model's 64 positions",
+        ),
         (["--model", ADDER, "--prompt", "a", "--max-new-tokens", 5, "--top-p", 2], "top_p is 2.0; expected above 0 and at"),
     ],
 )

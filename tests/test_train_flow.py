@@ -252,7 +252,7 @@ def refused(capsys, *argv):
         (["--method", "dpo", "--micro-batch", 3], "--micro-batch 3 does not divide the 4 pairs of a round"),
         (["--a-min", 2, "--a-max", 1], "the advantage's range is [2.0, 1.0]; expected A_min ≤ A_max"),
         (["--device", "tpu9"], "argument --device: device 'tpu9' is not available"),
-        (["--model", "no-such-folder"], "no-such-folder: no transformer/ in it"),
+        (["--model", "no-such-folder"], "no-such-folder: no such file or folder; expected a folder"),
         (
             ["--reward", "no-such-folder"],
             "reward 'no-such-folder': no such reward or folder; expected one of clip_score:FOLDER",
