@@ -65,7 +65,8 @@ def read_problems(file, instruction=""):
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+            json.dumps(values, ensure_ascii=False).encode()  # half a character, as in "\ud83d", is no text
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {index}: not valid JSON ({error})") from None
         for key in ("question", "answer"):
             if not isinstance(values, dict) or not isinstance(values.get(key), str) or not values[key].strip():

@@ -456,6 +456,8 @@ def test_bad_options_are_refused(capsys, tmp_path, options, message):
         ("\n  \n", ": no problems"),
         ('{"question": "1+1=", "answer": "#### 2"}\n{"question": "1+\n', ", line 2: not valid JSON"),
         ('\n["1+1=", "#### 2"]\n', ", line 2: expected an object with a text under 'question'"),
+        ('{"question": "\\ud83d", "answer": "#### 2"}\n', ", line 1: not valid JSON ('utf-8' codec can't encode"),
+        ("[" * 100_000, ", line 1: not valid JSON ("),
         ('{"question": "1+1="}\n', ", line 1: expected an object with a text under 'answer'"),
         ('{"question": "1+1=", "answer": "2"}\n', ", line 1: 'answer' has no number after '####'"),
         (
