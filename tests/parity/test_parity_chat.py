@@ -1,5 +1,5 @@
-"""Chat templates against transformers' rendering of the public jinja texts (those of Qwen1.5, Qwen2, Qwen2.5, Qwen2.5-Math, Qwen3 and
-Gemma, without their branches for tools), and the demo's folder in transformers. Needs the extra `parity`."""
+"""Chat templates against transformers' rendering of the public jinja texts (those of Qwen1.5, Qwen2, Qwen2.5, Qwen2.5-Math,
+Qwen3 and Gemma, without their branches for tools), and the demo's folder in transformers. Needs the extra `parity`."""
 
 import itertools
 import json
