@@ -19,6 +19,7 @@ def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1
     generator                 None is torch's own
 
     returns (ids [B, T + N], mask of the completions [B, N] in the dtype of `mask`); N ≤ max_new_tokens is the longest one's.
+    Raises ValueError naming an argument that does not fit, FloatingPointError for logits that are not finite.
     """
     batch, length = ids.shape
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
