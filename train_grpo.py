@@ -94,7 +94,8 @@ def parse(argv=None):
         args.lora_targets = args.lora_targets or list(lora.DECODER_TARGETS)
     args.a_min = -args.beta0 if args.a_min is None else args.a_min
     args.a_max = args.beta0 if args.a_max is None else args.a_max
-    adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
+    with runtime.about("--a-min and --a-max"):
+        adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
     return args
 
 

@@ -100,7 +100,7 @@ def flow_loss(v, u, v_ref, weight, beta):
     weight, beta   [N] or a number
 
     The first term is L_RL, the second L_D: the bound E|v − v_ref|² on the squared Wasserstein-2 distance (ORW-CFM-W2,
-    arXiv 2502.06061), up to a Lipschitz factor. The reference gets no gradient.
+    arXiv 2502.06061), up to a Lipschitz factor. The reference and the coefficients get no gradient.
     """
     loss = _coefficient(weight, v) * squared_error(v, u) + _coefficient(beta, v) * squared_error(v, v_ref.detach())  # [N]
     return loss.mean()
@@ -174,7 +174,7 @@ def policy_loss(
     if average not in ("sequences", "tokens"):
         raise ValueError(f"average is {average!r}; expected 'sequences' or 'tokens'")
     shapes = [list(x.shape) for x in (logp, old_logp, ref_logp, mask)]
-    if shapes != shapes[:1] * 4:
+    if shapes != shapes[:1] * 4 or logp.dim() != 2:
         raise ValueError(f"logp, old_logp, ref_logp and mask have shapes {shapes}; expected the same [N, T]")
     A = _float(_coefficient(advantages, logp))[:, None]  # [N, 1]
     beta = _coefficient(beta, logp)
@@ -192,7 +192,7 @@ def policy_loss(
 
 def kl_divergence(logp, ref_logp, estimator="k3"):
     """Estimates of KL(π_θ ‖ π_ref) per token, in nats, from tokens sampled by π_θ (Schulman 2020, "Approximating KL
-    divergence"). logp, ref_logp like each other -> the same shape.
+    divergence"). logp, ref_logp like each other -> the same shape. The reference gets no gradient.
 
     With r = π_ref/π_θ of the sampled token. "Gradient" is the mean of the estimator's derivative over tokens of π_θ at one
     position, which is what a loss that contains it with one β for all samples follows:
@@ -204,7 +204,7 @@ def kl_divergence(logp, ref_logp, estimator="k3"):
     An adaptive β weighs better samples less, so these means change: with k1 it is then a second policy gradient, of the clamped
     advantages (theory.md). Values and gradients hold for tokens of π_θ itself, not after several steps on the same samples.
     """
-    log_r = ref_logp.detach() - logp
+    log_r = _float(ref_logp.detach()) - _float(logp)
     if estimator == "k1":
         return -log_r
     if estimator == "k2":
@@ -230,7 +230,10 @@ def _groups(rewards, group_size):
 
 
 def _coefficient(value, v):
-    # A number, or one value per sample: anything else would broadcast silently into another loss.
-    if isinstance(value, torch.Tensor) and value.dim() and value.shape != v.shape[:1]:
+    # A number, or one value per sample: anything else would broadcast silently into another loss. It is a constant of the loss
+    # even where it comes from rewards that a network has just computed.
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dim() and value.shape != v.shape[:1]:
         raise ValueError(f"a coefficient has shape {list(value.shape)}; expected a number or [{len(v)}]")
-    return value
+    return value.detach()

@@ -5,8 +5,10 @@ A folder's chat template is a small program in jinja. None is run here: the publ
 the messages, [{"role": "user", "content": …}, …] with the roles system, user and assistant and content that is text, and
 `template_of` tells by its fixed parts which of them a folder has.
 """
+
 import functools
 import json
+import re
 
 import torch
 from tokenizers import Tokenizer
@@ -34,8 +36,8 @@ def stop_ids(model):
     ids = model.config.eos_token_id if ids is None else ids
     if ids is None or ids == []:
         raise ValueError("neither generation_config.json nor config.json has an 'eos_token_id'; completions would never end")
-    ids = [ids] if isinstance(ids, int) else list(ids)
-    if not all(0 <= index < model.config.vocab_size for index in ids):
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(index) is int and 0 <= index < model.config.vocab_size for index in ids):
         raise ValueError(f"'eos_token_id' is {ids}; the model's ids are below {model.config.vocab_size}")
     return ids
 
@@ -78,7 +80,7 @@ def chatml(messages, system=None, add_generation_prompt=True):
     <|im_start|>assistant
     <BLANKLINE>
     """
-    if system and messages[0]["role"] != "system":
+    if system and [message["role"] for message in messages[:1]] != ["system"]:
         messages = [{"role": "system", "content": system}, *messages]
     turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
     return "".join(turns) + "<|im_start|>assistant\n" * add_generation_prompt
@@ -118,8 +120,15 @@ def gemma(messages, add_generation_prompt=True):
     return "<bos>" + "".join(turns) + "<start_of_turn>model\n" * add_generation_prompt
 
 
-QWEN2 = "You are a helpful assistant."
-QWEN25 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+def default_system(jinja):
+    """The system message that a ChatML template writes where a conversation brings none; None where it writes none. Qwen2.5's
+    differs from Qwen2's and from Qwen2.5-Math's. ValueError where it stands elsewhere than in Qwen's templates."""
+    text = re.search(r"""(['"])<\|im_start\|>system(?:\n|\\n)((?:\\.|(?!\1)[^\\])*?)<\|im_end\|>""", jinja, re.DOTALL)
+    if text:
+        return text[2].encode("ascii", "backslashreplace").decode("unicode-escape")  # as jinja reads a text in quotes
+    if re.search(r"""(?<!['"])<\|im_start\|>system|\bset \w*system""", jinja):
+        raise ValueError("the chat template of the model's folder has its default system message in an unknown place")
+    return None
 
 
 def template_of(model):
@@ -135,6 +144,6 @@ def template_of(model):
         return gemma
     if "<|im_start|>" in jinja and "enable_thinking" in jinja and "last_query_index" in jinja:
         return qwen3
-    if "<|im_start|>" in jinja and "<think>" not in jinja:
-        return functools.partial(chatml, system=next((text for text in (QWEN25, QWEN2) if text in jinja), None))
+    if "<|im_start|>" in jinja and "<think>" not in jinja and "bos_token" not in jinja:
+        return functools.partial(chatml, system=default_system(jinja))
     raise ValueError("the chat template of the model's folder is not implemented; expected Qwen2's, 2.5's, 3's or Gemma's")

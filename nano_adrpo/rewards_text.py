@@ -65,7 +65,8 @@ def read_problems(file, instruction=""):
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+            json.dumps(values, ensure_ascii=False).encode()  # half a character, as in "\ud83d", is no text
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {index}: not valid JSON ({error})") from None
         for key in ("question", "answer"):
             if not isinstance(values, dict) or not isinstance(values.get(key), str) or not values[key].strip():
@@ -142,12 +143,14 @@ def final_number(text):
 
 def stated_answer(text):
     """What the last whole \\boxed{…} holds, or else the rest of the line after the last "####", or else None."""
+    stop = len(text)
     for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
         depth = 1
-        for end in range(start, len(text)):
+        for end in range(start, stop):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
                 return text[start:end]
+        stop = start  # a box that never ends leaves those that it stands in without an end, too
     if "####" in text:
         return (text.rpartition("####")[2].strip().splitlines() or [""])[0]
     return None

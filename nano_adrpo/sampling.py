@@ -3,6 +3,7 @@
 Three savings, none of which changes what is drawn: keys and values are kept and not computed again; samples whose tokens so
 far are equal, as those of a group are at first, are one row in the model; samples that have ended leave once they are a quarter.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -18,11 +19,12 @@ def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1
     generator                 None is torch's own
 
     returns (ids [B, T + N], mask of the completions [B, N] in the dtype of `mask`); N ≤ max_new_tokens is the longest one's.
+    Raises ValueError naming an argument that does not fit, FloatingPointError for logits that are not finite.
     """
     batch, length = ids.shape
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
     stop = torch.as_tensor([] if eos is None else eos, dtype=ids.dtype, device=ids.device).flatten()
-    check(model.config, mask.bool(), max_new_tokens, temperature, top_k, top_p, stop)
+    check(model.config, ids, mask.bool(), max_new_tokens, temperature, top_k, top_p, stop)
     size, vocabulary = length + max_new_tokens, model.config.vocab_size
 
     first = torch.ones(batch, dtype=torch.bool, device=ids.device)  # is this prompt the first of a run of equal ones?
@@ -40,9 +42,12 @@ def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1
     with torch.inference_mode():
         for end in range(length, size):
             hidden = model.model(newest, seen[:, :end] if padded else None, cache)[:, -1]
-            probs = probabilities(model.head(hidden), temperature, top_k, top_p)[row]  # [live, V]
+            probs = probabilities(model.head(hidden), temperature, top_k, top_p)  # [rows, V]
+            if probs[:, 0].isnan().any():  # a softmax with one such logit is NaN everywhere
+                raise FloatingPointError("a logit is not finite, so that no token can be sampled")
+            probs = probs[row]  # [live, V]
             tokens = torch.multinomial(probs, 1, generator=generator)[:, 0].masked_fill(~going, fill)  # [live]
-            out[live, end], completion[live, end] = tokens, going.to(mask.dtype)
+            out[live, end], completion[live, end] = tokens.to(ids.dtype), going.to(mask.dtype)
             going = going & ~torch.isin(tokens, stop)
             count = int(going.sum())
             if count == 0:
@@ -57,7 +62,7 @@ def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1
     return out[:, : end + 1], completion[:, length : end + 1]
 
 
-def check(config, mask, max_new_tokens, temperature, top_k, top_p, stop):
+def check(config, ids, mask, max_new_tokens, temperature, top_k, top_p, stop):
     """Raises ValueError naming the argument of `generate` that does not fit."""
     known = bool(((stop >= 0) & (stop < config.vocab_size)).all())
     for name, value, fits, expected in (
@@ -69,9 +74,11 @@ def check(config, mask, max_new_tokens, temperature, top_k, top_p, stop):
     ):
         if not fits:
             raise ValueError(f"{name} is {value}; expected {expected}")
-    length, limit = mask.shape[1], config.max_position_embeddings
+    length, limit = ids.shape[1], config.max_position_embeddings
     if length + max_new_tokens > limit:
         raise ValueError(f"a prompt of {length} and {max_new_tokens} new tokens exceed the model's {limit} positions")
+    if mask.shape != ids.shape:
+        raise ValueError(f"mask is {list(mask.shape)}; expected {list(ids.shape)}")
     if not mask[:, -1:].any(dim=1).all() or (mask[:, :-1] & ~mask[:, 1:]).any():
         raise ValueError("mask is not that of prompts padded on the left; expected zeros, then at least one 1, in every row")
 

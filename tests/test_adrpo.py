@@ -260,6 +260,15 @@ def test_kl_estimators_by_hand():
         adrpo.kl_divergence(logp, ref, "k4")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kl_estimators_of_half_precision_are_computed_in_float32(dtype):
+    logp, ref = torch.tensor([-1.0], dtype=dtype), torch.tensor([-1.0078125], dtype=dtype)  # both exact: log r = −1/128
+    values = [adrpo.kl_divergence(logp, ref, kl) for kl in ("k1", "k2", "k3")]
+    assert {value.dtype for value in values} == {torch.float32}
+    expected = [1 / 128, 1 / 2**15, math.expm1(-1 / 128) + 1 / 128]
+    assert [value.item() for value in values] == pytest.approx(expected, rel=1e-2)
+
+
 def tokens(n=6, t=5, seed=0):
     logp, old, ref = (-draws(n, t, seed=seed + i).abs() for i in range(3))
     lengths = torch.tensor([5, 1, 3, 2, 4, 5])[:n]
@@ -390,6 +399,25 @@ def test_only_the_policy_gets_a_gradient_and_inputs_stay_as_they_were():
     assert all(torch.equal(a, b) for a, b in zip((*tensors, mask, advantages), before))
 
 
+def test_advantages_and_coefficients_are_constants_of_the_loss():
+    # Rewards of a network that was called outside no_grad: the policy's gradient is as if they were numbers, theirs is none.
+    rewards = draws(6).requires_grad_()
+    advantages = adrpo.group_advantages(rewards, 3, normalize=True)
+    beta = adrpo.adaptive_beta(advantages, 0.5)
+    weight = adrpo.clamp_advantages(advantages, 0.5)
+    logp, old, ref, mask, _ = tokens()
+    v = draws(6, 4).requires_grad_()
+    logp.requires_grad_()
+
+    def gradients(*constants):
+        loss = adrpo.policy_loss(logp, old, ref, mask, constants[0], constants[1])
+        loss = loss + adrpo.flow_loss(v, draws(6, 4, seed=1), draws(6, 4, seed=2), constants[2], constants[1])
+        return torch.autograd.grad(loss, [logp, v, rewards], allow_unused=True)
+
+    attached, plain = gradients(advantages, beta, weight), gradients(advantages.detach(), beta.detach(), weight.detach())
+    assert attached[2] is None and all(torch.equal(a, b) for a, b in zip(attached[:2], plain))
+
+
 def test_policy_loss_refuses_what_would_broadcast():
     logp, old, ref, mask, advantages = tokens()
     for arguments in (
@@ -399,5 +427,8 @@ def test_policy_loss_refuses_what_would_broadcast():
     ):
         with pytest.raises(ValueError, match="shape"):
             adrpo.policy_loss(*arguments)
+    for shape in ((6,), (6, 6, 6)):  # one number a sequence, or all logits: [N] advantages would broadcast into another loss
+        with pytest.raises(ValueError, match=r"expected the same \[N, T\]"):
+            adrpo.policy_loss(*(torch.zeros(shape) for _ in range(3)), torch.ones(shape), advantages, 0.1)
     with pytest.raises(ValueError, match="average is 'batch'"):
         adrpo.policy_loss(logp, old, ref, mask, advantages, 0.1, average="batch")

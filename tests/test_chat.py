@@ -1,4 +1,5 @@
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -46,8 +47,10 @@ def test_stop_ids():
     assert chat.stop_ids(model(eos=7, generation_config={"eos_token_id": [1, 2]})) == [1, 2]
     assert chat.stop_ids(model(eos=7, generation_config={"eos_token_id": 0})) == [0]
     assert chat.stop_ids(model(eos=7, generation_config={})) == [7]
-    with pytest.raises(ValueError, match=r"is \[1, 24\]; the model.s ids are below 24"):
-        chat.stop_ids(model(eos=[1, 24]))
+    for eos in ([1, 24], "1", 1.5, {"a": 1}, [[1]], True):
+        expected = eos if isinstance(eos, list) else [eos]
+        with pytest.raises(ValueError, match=re.escape(f"'eos_token_id' is {expected}; the model's ids are below 24")):
+            chat.stop_ids(model(eos=eos))
     with pytest.raises(ValueError, match="generation_config.json: not a JSON object"):
         chat.stop_ids(model(eos=7, generation_config=5))
     with pytest.raises(ValueError, match="neither generation_config.json nor config.json has an 'eos_token_id'"):
@@ -70,6 +73,32 @@ def test_templates_written_out():
 
 def test_an_unknown_template_is_refused():
     assert chat.template_of(model()) is None and chat.template_of(model(tokenizer_config={"eos_token": "x"})) is None
-    for jinja in ("{{ messages }}", [{"name": "default", "template": "x"}], "<|im_start|><think>"):
+    several, with_bos = [{"name": "default", "template": "x"}], "{{ bos_token }}{{ '<|im_start|>' }}"  # ChatML, but not Qwen's
+    for jinja in ("{{ messages }}", several, "<|im_start|><think>", with_bos):
         with pytest.raises(ValueError, match="implemented"):
+            chat.template_of(model(tokenizer_config={"chat_template": jinja}))
+
+
+@pytest.mark.parametrize(
+    "jinja, system",
+    [
+        ("{{ '<|im_start|>system\\nIt\\'s \\\\boxed{}: 4\\n<|im_end|>\\n' }}", "It's \\boxed{}: 4\n"),
+        ('{{ "<|im_start|>system\nÜber, it\'s me.<|im_end|>" }}', "Über, it's me."),
+        ("{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}", None),
+    ],
+)
+def test_the_default_system_message_is_the_templates_own(jinja, system):
+    render = chat.template_of(model(tokenizer_config={"chat_template": jinja}))
+    question = [{"role": "user", "content": "4?"}]
+    assert render(question) == chat.chatml(([{"role": "system", "content": system}] if system else []) + question)
+    own = [{"role": "system", "content": "Mine."}, *question]
+    assert render(own) == chat.chatml(own)
+
+
+def test_a_default_system_message_in_an_unknown_place_is_refused():
+    for jinja in (
+        "<|im_start|>system\nHi.<|im_end|>\n",
+        "{% set system_message = 'Hi.' %}{{ '<|im_start|>system\\n' + system_message }}",
+    ):
+        with pytest.raises(ValueError, match="default system message in an unknown place"):
             chat.template_of(model(tokenizer_config={"chat_template": jinja}))

@@ -1,5 +1,6 @@
 """The decoder and its sampling. Expected values are numbers computed once with transformers, enumerations, or the same model
 asked another way; test_parity_decoder.py asks transformers itself."""
+
 import json
 import math
 import struct
@@ -303,6 +304,33 @@ def test_token_logprobs_equal_log_softmax_and_gather(tmp_path, monkeypatch, fami
     torch.testing.assert_close(model.token_logprobs(IDS, mask, start, temperature), logp)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_the_heads_gradient_is_summed_in_float32(monkeypatch, dtype, tolerance):
+    # 2,000 positions, each a chunk of its own: a running sum in half precision would stop growing at 2⁸ or 2¹¹ times the
+    # summands, or drift. The hidden states are 1 and W is 0, so that each adds (1 at the token − 1/V) exactly.
+    monkeypatch.setattr(decoder, "CHUNK", 8)
+    hidden, weight = torch.ones(2000, 4, dtype=dtype), torch.zeros(8, 4, dtype=dtype, requires_grad=True)
+    decoder.TokenScores.apply(hidden, weight, torch.zeros(2000, dtype=torch.long), 1.0)[0].sum().backward()
+    expected = (torch.eye(8)[0] - 1 / 8)[:, None].expand(8, 4) * 2000
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=tolerance, atol=0)
+
+
+def test_ids_may_be_int32(model):
+    ids = IDS.int()
+    assert torch.equal(model(ids), model(IDS)) and torch.equal(model.token_logprobs(ids), model.token_logprobs(IDS))
+    for eos in (None, [3, 0]):
+        (out, mask), (expected, _) = (model.generate(x, None, 9, temperature=0, eos=eos) for x in (ids, IDS))
+        assert out.dtype == torch.int32 and out.tolist() == expected.tolist() and mask.dtype == torch.bool
+
+
+def test_logits_that_are_not_finite_are_refused_in_one_line(model):
+    for bad in (math.nan, math.inf):
+        model.lm_head.weight.data[4, 4] = bad
+        for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
+            with pytest.raises(FloatingPointError, match="a logit is not finite, so that no token can be sampled"):
+                model.generate(IDS, None, 4, **options)
+
+
 def test_token_logprobs_hold_no_tensor_of_all_logits(tmp_path, monkeypatch):
     monkeypatch.setattr(decoder, "CHUNK", 4 * 500)
     model = Decoder.from_pretrained(folder(tmp_path / "model", vocab_size=500))
@@ -562,6 +590,12 @@ BAD_CONFIGS = [
     ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide 4 heads"),
     ({"head_dim": 5}, "head_dim is 5; expected an even number"),
     ({"head_dim": 0}, "key 'head_dim' is 0"),
+    ({"model_type": ["qwen3"]}, r"'model_type' is \['qwen3'\]; expected one of"),
+    ({"architectures": 5}, r"'architectures' is 5; expected \['Qwen3ForCausalLM'\]"),
+    ({"hidden_act": ["silu"]}, r"hidden_act is \['silu'\]; expected one of"),
+    ({"layer_types": 2}, "'layer_types' is 2; attention within a sliding window"),
+    ({"layer_types": [["full_attention"]]}, "'layer_types' is "),
+    ({"use_sliding_window": True, "max_window_layers": "2"}, "'use_sliding_window' is True"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; expected true or false"),
 ]
 
@@ -599,6 +633,8 @@ def test_absent_files_are_named(tmp_path):
         ({"mask": torch.tensor([[1] * 8, [1] * 7 + [0]])}, "not that of prompts padded on the left"),
         ({"mask": torch.tensor([[1] * 8, [1, 0] * 3 + [1, 1]])}, "not that of prompts padded on the left"),
         ({"mask": torch.zeros(2, 8)}, "at least one 1, in every row"),
+        ({"mask": torch.ones(2, 7)}, r"mask is \[2, 7\]; expected \[2, 8\]"),
+        ({"mask": torch.ones(1, 8)}, r"mask is \[1, 8\]; expected \[2, 8\]"),
     ],
 )
 def test_generate_refuses(model, options, message):
@@ -606,7 +642,7 @@ def test_generate_refuses(model, options, message):
         model.generate(IDS, **{"mask": None, "max_new_tokens": 4, **options})
 
 
-@pytest.mark.parametrize("start, temperature", [(0, 1.0), (9, 1.0), (1, 0.0)])
+@pytest.mark.parametrize("start, temperature", [(0, 1.0), (9, 1.0), (1, 0.0), (1, math.nan)])
 def test_token_logprobs_refuse(model, start, temperature):
     with pytest.raises(ValueError, match="expected 1 … 8 and above 0"):
         model.token_logprobs(IDS, None, start, temperature)

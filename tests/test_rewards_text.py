@@ -48,6 +48,9 @@ from nano_adrpo.rewards_text import Problem, exact_answer, final_number, read_pr
         (r"\boxed{\text{no answer}}", None),
         (r"\boxed{}", None),
         (r"\boxed{85", 85),  # cut off: no box
+        (r"\boxed{1} or \boxed{2", 1),
+        (r"\boxed{\boxed{3} 4", 3),
+        (r"\boxed{" * 20_000 + "5", 5),  # a model that goes round in circles must not cost minutes
         (r"\boxed {85}", 85),
         # the last number
         ("She pays 10 - 3 = 7 dollars.", 7),

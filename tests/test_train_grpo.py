@@ -420,7 +420,7 @@ def refused(capsys, *argv):
         (["--minibatches", 3], "--minibatches 3 does not divide the 16 completions of a round"),
         (["--micro-batch", 5], "--micro-batch 5 does not divide the 16 completions of a minibatch"),
         (["--minibatches", 2, "--micro-batch", 16], "--micro-batch 16 does not divide the 8 completions of a"),
-        (["--a-min", 2, "--a-max", 1], "the advantage's range is [2.0, 1.0]; expected A_min ≤ A_max"),
+        (["--a-min", 2, "--a-max", 1], "--a-min and --a-max: the advantage's range is [2.0, 1.0]; expected A_min ≤ A_max"),
         (["--lora-rank", -1], "argument --lora-rank: -1 is not a positive number or 0"),
         (["--lora-alpha", 8], "--lora-alpha and --lora-targets: expected only with --lora-rank"),
         (["--lora-targets", "q_proj"], "--lora-alpha and --lora-targets: expected only with --lora-rank"),
@@ -456,6 +456,8 @@ def test_bad_options_are_refused(capsys, tmp_path, options, message):
         ("\n  \n", ": no problems"),
         ('{"question": "1+1=", "answer": "#### 2"}\n{"question": "1+\n', ", line 2: not valid JSON"),
         ('\n["1+1=", "#### 2"]\n', ", line 2: expected an object with a text under 'question'"),
+        ('{"question": "\\ud83d", "answer": "#### 2"}\n', ", line 1: not valid JSON ('utf-8' codec can't encode"),
+        ("[" * 100_000, ", line 1: not valid JSON ("),
         ('{"question": "1+1="}\n', ", line 1: expected an object with a text under 'answer'"),
         ('{"question": "1+1=", "answer": "2"}\n', ", line 1: 'answer' has no number after '####'"),
         (

@@ -9,6 +9,7 @@
 `Decoder` gives logits, samples (sampling.py), and scores tokens; `RewardModel` gives one number per sequence. Module names are
 transformers' (Qwen2ForCausalLM and the like, GemmaForSequenceClassification), so its folders load key by key.
 """
+
 import dataclasses
 import math
 from pathlib import Path
@@ -87,7 +88,7 @@ class Config:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.model_type == "gemma" and self.hidden_act == "gelu":
             self.hidden_act = "gelu_pytorch_tanh"  # what the first Gemma files meant by gelu
-        if self.hidden_act not in ACTIVATIONS:
+        if str(self.hidden_act) not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide {self.num_attention_heads} heads")
@@ -103,9 +104,9 @@ def read_config(path, task):
     where = Path(path) / "config.json"
     values = weights.read_json(where)
     family = values.get("model_type")
-    if family not in DEFAULTS:
+    if str(family) not in DEFAULTS:
         raise ValueError(f"{where}: 'model_type' is {family!r}; expected one of {', '.join(DEFAULTS)}")
-    if (names := values.get("architectures")) and family.capitalize() + task not in names:
+    if (names := values.get("architectures")) and not (isinstance(names, list) and family.capitalize() + task in names):
         raise ValueError(f"{where}: 'architectures' is {names}; expected ['{family.capitalize()}{task}']")
     for key, neutral in NEUTRAL.items():
         if values.get(key, neutral[0]) not in neutral:
@@ -117,8 +118,10 @@ def read_config(path, task):
     config = weights.parse_config(Config, values, where)
 
     window = values.get("use_sliding_window") and values.get("sliding_window", 4096)
-    windowed = window and (values.get("max_window_layers") or 0) < config.num_hidden_layers
-    if set(values.get("layer_types") or ["sliding_attention" if windowed else "full_attention"]) != {"full_attention"}:
+    whole = values.get("max_window_layers") or 0  # the layers before the first with a window
+    windowed = window and not (isinstance(whole, int) and whole >= config.num_hidden_layers)
+    kinds = values.get("layer_types") or ["sliding_attention" if windowed else "full_attention"]
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         key = "layer_types" if values.get("layer_types") else "use_sliding_window"
         raise ValueError(f"{where}: '{key}' is {values[key]!r}; attention within a sliding window is not implemented")
     return config
@@ -216,7 +219,7 @@ class Decoder(Pretrained):
 
         No [B, T, V] tensor exists, forward or backward: see TokenScores.
         """
-        if not 1 <= start <= ids.shape[1] or temperature <= 0:
+        if not (1 <= start <= ids.shape[1] and temperature > 0):
             raise ValueError(f"start is {start} and temperature {temperature}; expected 1 … {ids.shape[1]} and above 0")
         hidden = self.model(ids, mask)[:, start - 1 : -1]  # [B, T − start, D]; position t−1 tells token t
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
@@ -255,14 +258,18 @@ class TokenScores(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, tokens = ctx.saved_tensors
         h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+        grad_h, grad_w = torch.empty_like(h), None
+        if ctx.needs_input_grad[1]:  # a sum over chunks, in float32: half precision would lose the later ones
+            grad_w = torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
         for rows, every in TokenScores.chunks(h, w, ctx.temperature):
             slope = every.exp_().neg_()  # −π, in the chunk's own memory
             slope[torch.arange(len(slope)), tokens[rows]] += 1
             slope = slope.mul_(grad[rows, None] / ctx.temperature).to(ctx.dtype)  # [rows, V], of the logits
             grad_h[rows] = slope @ w
-            if grad_w is not None:
-                grad_w.addmm_(slope.T, h[rows])
+            if grad_w is not None and grad_w.dtype == slope.dtype:
+                grad_w.addmm_(slope.T, h[rows])  # without a second matrix of its size
+            elif grad_w is not None:
+                grad_w += slope.T @ h[rows]
         return grad_h.to(hidden.dtype), None if grad_w is None else grad_w.to(weight.dtype), None, None
 
 

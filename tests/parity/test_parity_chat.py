@@ -1,5 +1,6 @@
-"""Chat templates against transformers' rendering of the public jinja texts (those of Qwen2, Qwen2.5, Qwen3 and Gemma, without
-their branches for tools), and the demo's folder in transformers. Needs the extra `parity`."""
+"""Chat templates against transformers' rendering of the public jinja texts (those of Qwen1.5, Qwen2, Qwen2.5, Qwen2.5-Math,
+Qwen3 and Gemma, without their branches for tools), and the demo's folder in transformers. Needs the extra `parity`."""
+
 import itertools
 import json
 from types import SimpleNamespace
@@ -32,6 +33,11 @@ QWEN25 = r"""{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>assistant\n' }}
 {%- endif %}
 """
+QWEN15 = QWEN2.replace("You are a helpful assistant.", "You are a helpful assistant")  # its full stop came with Qwen2
+MATH = QWEN25.replace(
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    r"Please reason step by step, and put your final answer within \\boxed{}.",
+)
 QWEN3 = r"""{%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
 {%- endif %}
@@ -91,7 +97,11 @@ TALKS = [
 
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
-@pytest.mark.parametrize("jinja", [QWEN2, QWEN25, QWEN3, GEMMA], ids=["qwen2", "qwen2.5", "qwen3", "gemma"])
+@pytest.mark.parametrize(
+    "jinja",
+    [QWEN15, QWEN2, QWEN25, MATH, QWEN3, GEMMA],
+    ids=["qwen1.5", "qwen2", "qwen2.5", "qwen2.5-math", "qwen3", "gemma"],
+)
 def test_templates_render_as_transformers_renders_them(jinja, place):
     content = jinja if place.endswith("jinja") else json.dumps({"chat_template": jinja})
     ours = chat.template_of(SimpleNamespace(files={place: content.encode()}))
