@@ -97,7 +97,8 @@ def parse(argv=None):
     if args.micro_batch and args.prompts_per_round * units % args.micro_batch:
         count = args.prompts_per_round * units
         raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {count} {what} of a round")
-    adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
+    with runtime.about("--a-min and --a-max"):
+        adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
     if not args.lora_rank and (args.lora_alpha or args.lora_targets):
         raise ValueError("--lora-alpha and --lora-targets: expected only with --lora-rank")
     if args.lora_rank:

@@ -12,6 +12,7 @@ the one place that reads a pickle, by torch's weights-only loader, which builds 
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import warnings
@@ -197,11 +198,10 @@ def parse_config(cls, values, where):
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}: key '{name}' is missing")
-        if (
-            name in values
-            and field.type in (int, float)
-            and (isinstance(values[name], bool) or not isinstance(values[name], (int, field.type)) or values[name] <= 0)
-        ):
+        if name not in values or field.type not in (int, float):
+            continue
+        number = isinstance(values[name], (int, field.type)) and not isinstance(values[name], bool)
+        if not number or not 0 < values[name] < math.inf:
             raise ValueError(f"{where}: key '{name}' is {values[name]!r}; expected a positive {field.type.__name__}")
     try:
         return cls(**{name: values[name] for name in fields if name in values})

@@ -250,8 +250,9 @@ def refused(capsys, *argv):
         (["--eval-samples", 1], "--eval-samples 1: expected at least 2"),
         (["--micro-batch", 5], "--micro-batch 5 does not divide the 16 samples of a round"),
         (["--method", "dpo", "--micro-batch", 3], "--micro-batch 3 does not divide the 4 pairs of a round"),
-        (["--a-min", 2, "--a-max", 1], "the advantage's range is [2.0, 1.0]; expected A_min ≤ A_max"),
+        (["--a-min", 2, "--a-max", 1], "--a-min and --a-max: the advantage's range is [2.0, 1.0]; expected A_min ≤ A_max"),
         (["--device", "tpu9"], "argument --device: device 'tpu9' is not available"),
+        (["--device", "meta"], "argument --device: device 'meta' is not available"),
         (["--model", "no-such-folder"], "no-such-folder: no such file or folder; expected a folder"),
         (
             ["--reward", "no-such-folder"],

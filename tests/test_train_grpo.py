@@ -427,6 +427,7 @@ def refused(capsys, *argv):
         (["--lora-rank", 8, "--lora-alpha", 0], "argument --lora-alpha: 0 is not a positive number"),
         (["--lora-rank", 8, "--lora-targets", "q"], "--lora-targets: Decoder has no linear layer whose name ends in 'q'"),
         (["--device", "tpu9"], "argument --device: device 'tpu9' is not available"),
+        (["--device", "meta"], "argument --device: device 'meta' is not available"),
         (["--problems", "p.jsonl"], "--problems and --held-out: expected both or neither"),
         (["--held-out", "p.jsonl"], "--problems and --held-out: expected both or neither"),
         (["--problems", "no-such-file", "--held-out", "no-such-file"], "no-such-file"),

@@ -92,7 +92,8 @@ def test_a_config_is_checked(tmp_path):
     assert weights.parse_config(Config, {"width": 4, "eps": 1, "other": None}, "f") == Config(4, 1)
     for values, message in (({}, "f: key 'width' is missing"), ({"width": -1}, "f: key 'width' is -1; expected a positive int"),
                             ({"width": 2.5}, "f: key 'width' is 2.5"), ({"width": True}, "f: key 'width' is True"),
-                            ({"width": 4, "eps": "x"}, "f: key 'eps' is 'x'; expected a positive float")):  # fmt: skip
+                            ({"width": 4, "eps": "x"}, "f: key 'eps' is 'x'; expected a positive float"),
+                            ({"width": 4, "eps": float("nan")}, "f: key 'eps' is nan")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             weights.parse_config(Config, values, "f")
     (tmp_path / "config.json").write_text('{"a": ')
