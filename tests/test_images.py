@@ -80,7 +80,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     before = file.read_bytes()
     for image, message in ((torch.zeros(2, 2), r"shape \[2, 2\]; expected \[1 or 3, height, width\]"),
                            (torch.zeros(4, 2, 2), r"shape \[4, 2, 2\]"), (torch.zeros(3, 0, 2), r"shape \[3, 0, 2\]"),
-                           (torch.full((1, 2, 2), torch.nan), "NaN")):  # fmt: skip
+                           (torch.full((1, 2, 2), torch.nan), "NaN"),
+                           (torch.full((1, 2, 2), 200, dtype=torch.uint8), "torch.uint8; expected floats")):  # fmt: skip
         with pytest.raises(ValueError, match=f"{file}: cannot write an image .*{message}"):
             images.write_png(file, image)
     assert file.read_bytes() == before
@@ -213,9 +214,17 @@ def test_resizing_keeps_a_constant_and_a_linear_ramp_and_clamps():
     step = torch.cat([torch.full((1, 1, 8, 4), -1.0), torch.full((1, 1, 8, 4), 1.0)], dim=3)
     big = images.preprocess(step, 32, [0.0], [1.0])
     assert big.min() == 0 and big.max() == 1
+    # Nor has it between the passes, rows first: of a white quarter, the columns that overshoot along the rows (0.5 to 2 pixels
+    # from the edge, which is at 16) come out as those far from the edge, whose value is white itself.
+    quarter = torch.full((1, 1, 8, 8), -1.0)
+    quarter[..., 4:, 4:] = 1
+    big = images.preprocess(quarter, 32, [0.0], [1.0])[0, 0]
+    assert 0 < big[17, 31] < 1 and torch.allclose(big[:, 18:], big[:, 31:].expand(-1, 14), atol=1e-6)
 
 
 def test_images_that_do_not_fit_the_model_are_refused():
     for shape in ((2, 4, 8, 8), (3, 8, 8), (1, 2, 8, 8), (1, 3, 0, 8)):
         with pytest.raises(ValueError, match=r"images have shape .*; expected \[N, 1 or 3, height, width\]"):
             images.preprocess(torch.zeros(shape), 8, MEAN, STD)
+    with pytest.raises(ValueError, match=r"images are torch.uint8; expected floats in \[−1, 1\]"):
+        images.preprocess(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 8, MEAN, STD)
