@@ -5,6 +5,7 @@ A folder's chat template is a small program in jinja. None is run here: the publ
 the messages, [{"role": "user", "content": …}, …] with the roles system, user and assistant and content that is text, and
 `template_of` tells by its fixed parts which of them a folder has.
 """
+
 import functools
 import json
 

@@ -3,6 +3,7 @@
 Three savings, none of which changes what is drawn: keys and values are kept and not computed again; samples whose tokens so
 far are equal, as those of a group are at first, are one row in the model; samples that have ended leave once they are a quarter.
 """
+
 import torch
 import torch.nn.functional as F
 
