@@ -138,7 +138,7 @@ def run(script, out, options):
     working = final.with_name(f"{final.name}.{os.getpid()}.part")
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", script, "--out", str(working), *words]
+    command = [sys.executable, "-m", script, "--out", str(working.absolute()), *words]  # the script runs where it is found
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if finished.returncode:
         lines = finished.stderr.strip().splitlines()

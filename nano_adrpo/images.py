@@ -149,20 +149,23 @@ def preprocess(images, size, mean, std, crop=True):
 
     Bicubic with antialiasing; with `crop` the shorter side becomes `size` and the centre stays (CLIP), without it the image
     is squeezed to size × size (BLIP). Then (x − mean) / std per channel, x in [0, 1]. Grey images get as many channels as
-    `mean` has. Agrees with transformers' processors up to Pillow's rounding to 8 bits after each of its two passes. Raises
-    ValueError for another shape and for integers, which would be 0 … 255.
+    `mean` has. Agrees with transformers' processors on Pillow, rounding included. Raises ValueError for another shape and for
+    integers, which would be 0 … 255.
     """
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device).reshape(-1, 1, 1) for v in (mean, std))
     if images.ndim != 4 or images.shape[1] not in (1, len(mean)) or 0 in images.shape[2:]:
         raise ValueError(f"images have shape {list(images.shape)}; expected [N, 1 or {len(mean)}, height, width]")
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; expected floats in [−1, 1]")
-    images, short = images.float().clamp(-1, 1), min(images.shape[-2:])
-    height, width = (int(size * side / short) if crop else size for side in images.shape[-2:])  # rounded down, as there
-    # Bicubic overshoots at edges. Pillow goes along rows, then along columns, and keeps none of it after either.
-    for shape in ((images.shape[-2], width), (height, width)):
+    images, (h, w) = images.float().clamp(-1, 1), images.shape[-2:]
+    height, width = (int(size * side / min(h, w)) if crop else size for side in (h, w))  # rounded down, as there
+    # Pillow's way, which the models were trained and are judged with: along the rows, then along the columns (or, since Pillow
+    # 13, columns first where they shrink by more than twice as much), and after either in 8 bits, which cuts off overshoots.
+    columns_first = h > height and h - height > 2 * (w - width) and w > 1  # a lone column torch resizes wrongly
+    for shape in ((height, w) if columns_first else (h, width), (height, width)):
         if images.shape[-2:] != shape:
-            images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(-1, 1)
+            images = F.interpolate(images, shape, mode="bicubic", antialias=True)
+            images = ((images.clamp(-1, 1) + 1) * 127.5 + 0.5).floor() / 127.5 - 1
     top, left = (height - size) // 2, (width - size) // 2
     images = images[..., top : top + size, left : left + size]
     return ((images + 1) / 2 - mean) / std

@@ -1,4 +1,4 @@
-"""evaluate: the training script's numbers, standard errors by hand, checkpoints, images of other systems, going on, refusals."""
+"""evaluate: the training script's numbers, standard errors by hand, checkpoints, others' images, going on, refusals."""
 
 import importlib.util
 import json

@@ -205,11 +205,18 @@ def test_the_longer_side_is_cropped_in_its_middle():
 
 
 def test_resizing_keeps_a_constant_and_a_linear_ramp_and_clamps():
-    assert torch.allclose(images.preprocess(torch.full((1, 1, 5, 9), 0.5), 8, [0.5], [0.5]), torch.tensor(0.5))
-    # Far from its ends a ramp x stays a ramp under a symmetric kernel: 64 -> 16 columns sample it at 4 x + 1.5.
+    for level in (0, 1, 99, 191, 255):
+        same = images.preprocess(torch.full((1, 1, 5, 9), level / 127.5 - 1), 8, [0.0], [1 / 255])
+        assert torch.allclose(same, torch.tensor(float(level)), atol=1e-4)
+    # Far from its ends a ramp x stays a ramp under a symmetric kernel: 64 -> 16 columns sample it at 4 x + 1.5, in 8 bits (half
+    # a level, of which a column has 255 / 63). The order of the passes and a lone column make no difference.
     ramp = torch.arange(64.0).expand(1, 1, 64, 64) / 63 * 2 - 1
-    small = images.preprocess(ramp, 16, [0.0], [1 / 63], crop=False)[0, 0]
-    assert (small[:, 3:13] - (4 * torch.arange(3.0, 13) + 1.5)).abs().max() < 1e-4
+    expected = 4 * torch.arange(3.0, 13) + 1.5
+    for wide in (ramp, ramp[:, :, :1], ramp.repeat(1, 1, 9, 1)):
+        for small in (images.preprocess(x, 16, [0.0], [1 / 63], crop=False)[0, 0] for x in (wide, wide.mT.contiguous().mT)):
+            assert (small[:, 3:13] - expected).abs().max() < 0.5 / (255 / 63) + 1e-4
+        small = images.preprocess(wide.mT.contiguous(), 16, [0.0], [1 / 63], crop=False)[0, 0]
+        assert (small.T[:, 3:13] - expected).abs().max() < 0.5 / (255 / 63) + 1e-4
     # A step from −1 to 1 overshoots under bicubic; 8 bits have no room for it.
     step = torch.cat([torch.full((1, 1, 8, 4), -1.0), torch.full((1, 1, 8, 4), 1.0)], dim=3)
     big = images.preprocess(step, 32, [0.0], [1.0])

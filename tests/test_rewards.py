@@ -139,7 +139,7 @@ def test_every_pair_is_scored_alone(models, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_images_have_any_size_and_any_range(models, name):
-    colours = torch.tensor([[0.5, -0.25, 1], [-1, 0, 0.75], [0, 0, 0], [1, -1, 0.1]])
+    colours = torch.tensor([[191, 95, 255], [0, 128, 223], [127, 127, 127], [255, 0, 140]]) / 127.5 - 1  # 8 bits have them
     plain = [colours[..., None, None].expand(4, 3, *size) for size in ((12, 12), (15, 15), (7, 40), (64, 33))]
     first, *others = (models[name](images, PROMPTS) for images in plain)
     assert all(torch.allclose(other, first, rtol=1e-3, atol=1e-4) for other in others)  # resized, a colour stays a colour
