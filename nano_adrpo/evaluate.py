@@ -192,9 +192,9 @@ class Evaluation:
         file = self.out / "scores" / f"{entry.title}.{entry.run}.seed{seed}.json"
         if file.is_file():
             stored = weights.read_json(file)
-            if stored.pop("model") != entry.what:
+            if stored.pop("model", None) != entry.what:
                 raise ValueError(f"{file}: holds another model's scores than {entry.what}; expected another --out, or name")
-            if (base := stored.pop("base")) != self.entries[0].what:
+            if (base := stored.pop("base", None)) != self.entries[0].what:
                 raise ValueError(
                     f"{file}: was measured from the base {base}, not {self.entries[0].what}; expected another --out"
                 )

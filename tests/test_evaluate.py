@@ -188,6 +188,10 @@ def test_another_evaluation_in_the_same_folder_is_refused(tmp_path, few, runs):
     run(*both, *few)
     with pytest.raises(ValueError, match=r"was measured from the base .*demo/base, not .*; expected another --out"):
         run(both[0], both[2], both[1], *few)  # the divergence from the base would be another's
+    file = tmp_path / "out" / "scores" / "base.0.seed0.json"
+    file.write_text(json.dumps({"reward": 1.0}))  # of another program
+    with pytest.raises(ValueError, match="base.0.seed0.json: holds another model's scores"):
+        run("--models", f"base={BASE}", *few)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="the folder is not empty"):
