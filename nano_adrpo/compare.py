@@ -95,7 +95,7 @@ def main(argv=None):
     }
     rows = summarise(run_all(comparison.script, jobs, out, args.workers), seeds)
     chosen = best_rates(rows, comparison.judge)
-    weights.write_json(out / "results.json", {"rounds": rounds, "seeds": seeds, "rows": rows})
+    weights.write_json(out / "results.json", {"rounds": rounds, "seeds": seeds, "rows": as_json(rows)})
     text = f"{rounds} rounds, {seeds} seeds, mean ± standard error.\n\n"
     if len(chosen) < len(rows):
         text += f"Every setting at its best learning rate, by {comparison.judge}:\n\n{table(chosen)}\nEvery learning rate:\n\n"
@@ -138,7 +138,7 @@ def run(script, out, options):
     working = final.with_name(f"{final.name}.{os.getpid()}.part")
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", script, "--out", str(working), *words]
+    command = [sys.executable, "-m", script, "--out", str(working.absolute()), *words]  # the script runs where it is found
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if finished.returncode:
         lines = finished.stderr.strip().splitlines()
@@ -169,6 +169,15 @@ def summarise(results, seeds):
         }
         rows.append({"setting": name, "lr": lr, "final": final, "path": path})
     return rows
+
+
+def as_json(rows):
+    """The rows with null for an error that is not a number, which JSON does not have."""
+
+    def value(mean, error):
+        return mean, None if math.isnan(error) else error
+
+    return [row | {"final": {metric: value(*row["final"][metric]) for metric in row["final"]}} for row in rows]
 
 
 def best_rates(rows, judge):

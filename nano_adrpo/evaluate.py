@@ -1,17 +1,18 @@
-"""The paper's Table 1 and Figure 3 for any set of models: rewards, diversities, divergence; a table, a trade-off picture, images.
+"""The paper's Table 1 and Figure 3 for any set of models: rewards, diversities, divergence; a table, trade-offs, images.
 
     python -m nano_adrpo.evaluate --models base=nano_adrpo/demo/base tuned=runs/flow/model
-    python -m nano_adrpo.evaluate --models base=SD3 adrpo@20=SD3+runs/sd3/round-20/adapter adrpo@40=SD3+runs/sd3/adapter flux=PNGS \\
-        --prompts prompts.txt --rewards clip_score:CLIP pick_score:PICKSCORE aesthetic:CLIP --steps 28 --guidance 5 \\
-        --device cuda --dtype bfloat16 --batch 8 --out runs/table1
+    python -m nano_adrpo.evaluate --models base=SD3 adrpo@20=SD3+runs/sd3/round-20/adapter adrpo@40=SD3+runs/sd3/adapter \\
+        flux=PNGS --prompts prompts.txt --rewards clip_score:CLIP pick_score:PICKSCORE aesthetic:CLIP --steps 28 \\
+        --guidance 5 --device cuda --dtype bfloat16 --batch 8 --out runs/table1
 
-A model is NAME=MODEL or NAME=MODEL+ADAPTER or, of any other system, NAME=FOLDER of images PROMPT_SAMPLE.png, both counted from 0
-(0007_03.png), in seed0/, seed1/, … if there are several seeds. NAME@STEP is one checkpoint of a run: the last is in the table,
-all are in the picture. A name (or name and step) given again is another training run of the same method. The first model is the
+A model is NAME=MODEL or NAME=MODEL+ADAPTER or, of any other system, NAME=FOLDER of images PROMPT_SAMPLE.png, both counted from
+0 (0007_03.png), in seed0/, seed1/, … if there are several seeds. NAME@STEP is one checkpoint of a run: the table has the last,
+the picture all. A name (or name and step) given again is another training run of the same method. The first model is the
 base, from which W2 is measured. All models start from the same noises.
 
 Written to --out: table.md and results.json (mean ± standard error, over training runs where a model has several, else over the
-seeds of the noise), reward_….png, side_by_side.png, and images/. An evaluation that was interrupted goes on where it stopped.
+seeds of the noise), reward_….png, side_by_side.png, and images/. An evaluation that was interrupted goes on where it stopped:
+what has been scored is not looked at again, so a model or reward that changed on disk needs another --out.
 """
 
 import re
@@ -107,7 +108,27 @@ class Evaluation:
         self.rows = torch.arange(len(self.prompts)).repeat_interleave(args.samples)
         self.parts = torch.arange(len(self.rows)).split(args.batch or len(self.rows))
         self.loaded = {}  # the base's and the current entry's model and condition
+        self.check()
         self.open()
+
+    def check(self):
+        """What would stop the evaluation later is refused now, from file names and headers."""
+        args, base, images_only = self.args, None, {}
+        for entry in self.entries:
+            if images_only.setdefault(entry.name, is_images(entry.model)) != is_images(entry.model):
+                raise ValueError(f"--models {entry.what}: {entry.name} is images and a model; expected one of them to a name")
+            if is_images(entry.model):
+                for seed in range(seeds_of(entry, args.seeds)):
+                    files = image_files(Path(entry.model), seed, len(self.prompts), args.samples)
+                    if missing := next((file for file in files if not file.is_file()), None):
+                        raise FileNotFoundError(f"{missing}: no such file; expected {args.samples} images of every prompt")
+                continue
+            model = TextToImage.from_pretrained(entry.model, self.dtype, "meta", args.base, encoders=False)
+            if entry.adapter:
+                lora.load(model.transformer, entry.adapter)
+            shape, base = self.shape(model), base or (entry.what, self.shape(model))
+            if shape != base[1]:
+                raise ValueError(f"--models {entry.what}: latents {list(shape)}; expected {list(base[1])}, those of {base[0]}")
 
     def open(self):
         """A folder of another evaluation is refused."""
@@ -125,6 +146,11 @@ class Evaluation:
             weights.write_json(config, options)
         (self.out / "scores").mkdir(exist_ok=True)
 
+    def shape(self, model):
+        """[C, H, W] of its latents."""
+        with runtime.about("--resolution"):
+            return model.latent_shape_at(self.args.resolution) if self.args.resolution else model.latent_shape
+
     def load(self, entry):
         """-> TextToImage and the Condition of all prompts and, last, the negative one."""
         if entry not in self.loaded:
@@ -141,13 +167,11 @@ class Evaluation:
 
     @torch.no_grad()
     def draw(self, entry, seed):
-        """-> images [P · samples, C, H, W], on the CPU, and {"w2": divergence from the base}, {} where one of them is images."""
+        """-> images [P · samples, C, H, W], on the CPU, and {"w2": divergence from the base}, {} where either is images."""
         if is_images(entry.model):
             return read_images(Path(entry.model), seed, len(self.prompts), self.args.samples), {}
         (model, condition), args = self.load(entry), self.args
-        with runtime.about("--resolution"):
-            shape = model.latent_shape_at(args.resolution) if args.resolution else model.latent_shape
-        x0, t, noise = (x.to(args.device) for x in draws(len(self.rows), shape, seed))
+        x0, t, noise = (x.to(args.device) for x in draws(len(self.rows), self.shape(model), seed))
         times, negative = model.times(args.steps, args.shift), torch.full_like(self.rows, -1)
         x1 = [
             model.sample(x0[part], condition[self.rows[part]], times, condition[negative[part]], args.guidance)
@@ -168,10 +192,18 @@ class Evaluation:
         file = self.out / "scores" / f"{entry.title}.{entry.run}.seed{seed}.json"
         if file.is_file():
             stored = weights.read_json(file)
-            if stored.pop("model") != entry.what:
+            if stored.pop("model", None) != entry.what:
                 raise ValueError(f"{file}: holds another model's scores than {entry.what}; expected another --out, or name")
+            if (base := stored.pop("base", None)) != self.entries[0].what:
+                raise ValueError(
+                    f"{file}: was measured from the base {base}, not {self.entries[0].what}; expected another --out"
+                )
             return stored
         drawn, w2 = self.draw(entry, seed)
+        if self.judge and drawn.shape[1:] != (1, 8, 8):
+            raise ValueError(
+                f"--models {entry.what}: images {list(drawn.shape[1:])}; expected the demo's, [1, 8, 8], or --prompts"
+            )
         texts = [self.prompts[row] for row in self.rows]
         with self.reward.on(self.args.device):
             scores = [self.reward(drawn[part], [texts[i] for i in part]) for part in self.parts]
@@ -188,7 +220,7 @@ class Evaluation:
             for row in shown(len(self.prompts)):
                 for sample in range(self.args.samples):
                     images.write_png(folder / image_name(row, sample), drawn[row * self.args.samples + sample])
-        weights.write_json(file, {"model": entry.what, **values})
+        weights.write_json(file, {"model": entry.what, "base": self.entries[0].what, **values})
         return values
 
     def run(self):
@@ -218,7 +250,7 @@ def draws(count, shape, seed=0):
 
 
 def summary(runs):
-    """[[metrics of a seed] of a training run] -> {metric: (mean, standard error)}: over runs if there are several, else seeds."""
+    """[[metrics of a seed] of a training run] -> {metric: (mean, standard error)}: over runs where several, else seeds."""
     values = {}
     for metric in runs[0][0]:
         means = [metrics.mean_and_standard_error([seed[metric] for seed in run])[0] for run in runs]
@@ -231,9 +263,13 @@ def image_name(prompt, sample):
 
 
 def is_images(path):
-    """Whether a folder has images of another system, not a model."""
+    """Whether a folder has images of another system, not a model (whose folder may show some, as SD3's does)."""
     path = Path(path)
-    return path.is_dir() and any(next(folder.glob("*.png"), None) for folder in (path, path / "seed0"))
+    return (
+        path.is_dir()
+        and not (path / "transformer").is_dir()
+        and any(next(folder.glob("*.png"), None) for folder in (path, path / "seed0"))
+    )
 
 
 def seeds_of(entry, wanted):
@@ -241,13 +277,18 @@ def seeds_of(entry, wanted):
     return 1 if is_images(entry.model) and not (Path(entry.model) / "seed0").is_dir() else wanted
 
 
+def image_files(folder, seed, count, samples):
+    """The files of one seed's images, those of one prompt contiguous."""
+    folder = folder / f"seed{seed}" if (folder / "seed0").is_dir() else folder
+    return [folder / image_name(row, sample) for row in range(count) for sample in range(samples)]
+
+
 def read_images(folder, seed, count, samples):
     """-> [count · samples, C, H, W]; FileNotFoundError names the first image that is missing."""
-    folder = folder / f"seed{seed}" if (folder / "seed0").is_dir() else folder
-    read = [images.read_png(folder / image_name(row, sample)) for row in range(count) for sample in range(samples)]
-    for index, image in enumerate(read):
+    files = image_files(folder, seed, count, samples)
+    read = [images.read_png(file) for file in files]
+    for file, image in zip(files, read):
         if image.shape != read[0].shape:
-            file = folder / image_name(index // samples, index % samples)
             raise ValueError(f"{file}: is {list(image.shape)}; expected {list(read[0].shape)}, as the first of the folder")
     return torch.stack(read)
 
@@ -260,7 +301,9 @@ def shown(count):
 def side_by_side(evaluation, file):
     """As the paper's Figure 2: a row per prompt, a panel per model."""
     panels, rows, samples = {}, shown(len(evaluation.prompts)), evaluation.args.samples
-    for entry in {entry.name: entry for entry in evaluation.entries}.values():  # the last step of each name
+    for name in dict.fromkeys(entry.name for entry in evaluation.entries):
+        named = [entry for entry in evaluation.entries if entry.name == name]
+        entry = max(named, key=lambda entry: entry.step or 0)  # the last step
         folder = evaluation.out / "images" / entry.title
         panels[entry.name] = torch.stack(
             [images.read_png(folder / image_name(row, sample)) for row in rows for sample in range(min(samples, 4))]
@@ -272,7 +315,9 @@ def main(argv=None):
     args = parse(argv)
     evaluation = Evaluation(args)
     rows, out = evaluation.run(), evaluation.out
-    weights.write_json(out / "results.json", {"prompts": len(evaluation.prompts), "seeds": args.seeds, "rows": rows})
+    weights.write_json(
+        out / "results.json", {"prompts": len(evaluation.prompts), "seeds": args.seeds, "rows": compare.as_json(rows)}
+    )
     text = f"{len(evaluation.prompts)} prompts × {args.samples} images, {args.seeds} seeds, mean ± standard error.\n\n"
     weights.write_bytes(out / "table.md", (text + compare.table(rows, start=None)).encode())
     for x in ("clip_diversity", "pixel_diversity", "w2"):

@@ -21,7 +21,9 @@ BYTES = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}  # per pixel, at 8
 
 def write_png(file, image):
     """Writes `image` [1 or 3, H, W], clamped to [−1, 1], as an 8-bit PNG, whole or not at all. Raises ValueError for
-    another shape and for NaN."""
+    another shape, for integers (they would be 0 … 255) and for NaN."""
+    if not image.is_floating_point():
+        raise ValueError(f"{file}: cannot write an image of {image.dtype}; expected floats in [−1, 1]")
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
         raise ValueError(f"{file}: cannot write an image of shape {list(image.shape)}; expected [1 or 3, height, width]")
     image = image.detach().float().cpu()
@@ -147,15 +149,23 @@ def preprocess(images, size, mean, std, crop=True):
 
     Bicubic with antialiasing; with `crop` the shorter side becomes `size` and the centre stays (CLIP), without it the image
     is squeezed to size × size (BLIP). Then (x − mean) / std per channel, x in [0, 1]. Grey images get as many channels as
-    `mean` has. Agrees with transformers' processors up to the 8-bit rounding between Pillow's passes.
+    `mean` has. Agrees with transformers' processors on Pillow, rounding included. Raises ValueError for another shape and for
+    integers, which would be 0 … 255.
     """
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device).reshape(-1, 1, 1) for v in (mean, std))
     if images.ndim != 4 or images.shape[1] not in (1, len(mean)) or 0 in images.shape[2:]:
         raise ValueError(f"images have shape {list(images.shape)}; expected [N, 1 or {len(mean)}, height, width]")
-    images, short = images.float().clamp(-1, 1), min(images.shape[-2:])
-    height, width = (int(size * side / short) if crop else size for side in images.shape[-2:])  # rounded down, as there
-    if images.shape[-2:] != (height, width):  # bicubic overshoots at edges: clamped, as 8 bits do
-        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; expected floats in [−1, 1]")
+    images, (h, w) = images.float().clamp(-1, 1), images.shape[-2:]
+    height, width = (int(size * side / min(h, w)) if crop else size for side in (h, w))  # rounded down, as there
+    # Pillow's way, which the models were trained and are judged with: along the rows, then along the columns (or, since Pillow
+    # 13, columns first where they shrink by more than twice as much), and after either in 8 bits, which cuts off overshoots.
+    columns_first = h > height and h - height > 2 * (w - width) and w > 1  # a lone column torch resizes wrongly
+    for shape in ((height, w) if columns_first else (h, width), (height, width)):
+        if images.shape[-2:] != shape:
+            images = F.interpolate(images, shape, mode="bicubic", antialias=True)
+            images = ((images.clamp(-1, 1) + 1) * 127.5 + 0.5).floor() / 127.5 - 1
     top, left = (height - size) // 2, (width - size) // 2
     images = images[..., top : top + size, left : left + size]
     return ((images + 1) / 2 - mean) / std

@@ -30,7 +30,7 @@ def clip_diversity(embeddings, group_size, normalize=True):
                 which is the latter's scale if CLIP L/14's image embeddings are about 10 long and two images of one prompt have
                 a cosine of about 0.87 (10·√(2 − 2·0.87) = 5.1): an argument, not a measurement
     """
-    return group_diversity(F.normalize(embeddings) if normalize else embeddings, group_size)
+    return group_diversity(F.normalize(embeddings.float()) if normalize else embeddings, group_size)
 
 
 def of_images(images, scores, embeddings, group_size, normalize=True):
@@ -61,7 +61,9 @@ def kl_from_reference(logp, ref_logp):
 
 def frechet_distance(a, b):
     """|μa − μb|² + tr(Σa + Σb − 2·(Σa·Σb)^½), the squared Fréchet distance of the Gaussians fitted to features a [N, D] and
-    b [M, D] (Heusel et al. 2017, arXiv 1706.08500, Eq. 6), with unbiased covariances, in float64."""
+    b [M, D] (Heusel et al. 2017, arXiv 1706.08500, Eq. 6), with unbiased covariances, in float64. N and M are at least 2."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features have shapes {list(a.shape)} and {list(b.shape)}; expected [N, D] and [M, D], N and M > 1")
     a, b = a.double(), b.double()
     mean = (a.mean(0) - b.mean(0)).square().sum()
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)

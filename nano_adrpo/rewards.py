@@ -35,6 +35,7 @@ import runpy
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,7 +74,10 @@ class ClipScore(ImageModel):
 
     def __init__(self, path, dtype=torch.float32, device=None):
         model = CLIP.from_pretrained(path, dtype, device)
-        super().__init__(model, model.config.vision_config.image_size, *normalisation(path), crop=True)
+        vision = model.config.vision_config
+        super().__init__(
+            model, vision.image_size, *normalisation(path, vision.num_channels, vision.image_size, crop=True), crop=True
+        )
         self.tokenizer = PromptTokenizer(path)
         self.to(device)
 
@@ -132,7 +136,8 @@ class BlipScore(ImageModel):
 
     def __init__(self, path, dtype=torch.float32, device=None, itm=False):
         model = blip.BLIP.from_pretrained(path, dtype, device)
-        super().__init__(model, model.config.vision_config.image_size, *normalisation(path), crop=False)
+        side = model.config.vision_config.image_size
+        super().__init__(model, side, *normalisation(path, 3, side, crop=False), crop=False)
         self.tokenizer, self.itm = blip.BertTokenizer(path), itm
         self.to(device)
 
@@ -159,12 +164,26 @@ class ImageReward(ImageModel):
         return self.model(self.pixels(images), *(x.to(self.device) for x in self.tokenizer(prompts)))
 
 
-def normalisation(path):
-    """-> mean and deviation per channel from preprocessor_config.json."""
+def normalisation(path, channels, side, crop):
+    """-> mean and deviation per channel from preprocessor_config.json. ValueError where it asks for other pixels than those of
+    ImageModel: bicubic, of `side`, normalised."""
     where = Path(path) / "preprocessor_config.json"
     values = weights.read_json(where)
     if not {"image_mean", "image_std"} <= values.keys():
         raise ValueError(f"{where}: keys 'image_mean' and 'image_std' are missing; expected a number per channel each")
+    for key, least in (("image_mean", -math.inf), ("image_std", 0)):
+        given = values[key] if isinstance(values[key], list) else []
+        if len(given) != channels or not all(isinstance(x, int | float) and math.isfinite(x) and x > least for x in given):
+            expected = f"{channels} {'positive ' if least == 0 else ''}numbers, one a channel"
+            raise ValueError(f"{where}: key '{key}' is {values[key]!r}; expected {expected}")
+    asked = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": crop, "resample": 3}  # 3: bicubic
+    for key, value in asked.items():
+        if values.get(key, value) not in (value, None):
+            raise ValueError(f"{where}: key '{key}' is {values[key]!r}; expected {value}")
+    for key in ("size", "crop_size") if crop else ("size",):
+        size = values.get(key) or side
+        if set(size.values() if isinstance(size, dict) else [size]) != {side}:
+            raise ValueError(f"{where}: key '{key}' is {size!r}; expected {side}, the model's image_size")
     return values["image_mean"], values["image_std"]
 
 
@@ -193,12 +212,15 @@ class Rewards(nn.Module):
         they are several}, float32, on the CPU.
 
         Raises ValueError for a reward that is not N numbers, FloatingPointError for a number that is not finite."""
+        if len(samples) != len(prompts):
+            raise ValueError(f"{len(samples)} samples and {len(prompts)} prompts; expected a prompt for each sample")
         scores = {}
         for name, reward in self.rewards.items():
             given = reward(samples, prompts)
             try:
+                given = np.ascontiguousarray(given) if isinstance(given, np.ndarray) else given  # torch takes no [::-1]
                 values = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
-            except (TypeError, ValueError, RuntimeError):
+            except (TypeError, ValueError, OverflowError, RuntimeError):
                 kind = type(given).__name__
                 raise ValueError(f"{name} gave {kind}; expected [{len(prompts)}] numbers, one a sample") from None
             if values.shape != (len(prompts),):

@@ -31,9 +31,12 @@ from nano_adrpo.models.decoder import RewardModel
 NUMBER = re.compile(
     r"(?<![\w.^])(?<!\^\{)(?P<sign>(?<![)\]}%])[-−–])?[$€£¥]?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,100})(?:\.\d{1,100})?|\.\d{1,100})(?!\d)"
+    r"(?P<exponent>[eE][-+]?\d{1,3}(?!\d))?(?![eE][-+]?\d)"
     r"(?:\s?/\s?(?P<divisor>\d{1,100})(?!\.?\d))?",
     re.ASCII,
 )
+# What makes a stated answer more than the number in it: roots, powers of numbers (not of units), ½ behind a whole number.
+EXPRESSION = re.compile(r"\\sqrt|\\pi\b|[√π¼-¾⅐-⅞]|\d\s*\^\s*\{?\s*[-−–]?\d")
 
 
 class Problem(NamedTuple):
@@ -157,15 +160,17 @@ def stated_answer(text):
 
 
 def number(text):
-    """The one number of a text, or after its last "=", as a Fraction; None where there is none or more than one."""
-    numbers = list(NUMBER.finditer(plain(text).rpartition("=")[2]))
-    return value(numbers[0]) if len(numbers) == 1 else None
+    """The one number of a text, or after its last "=", as a Fraction; None where there is none or more than one, or more is
+    made of it than a number."""
+    text = re.sub(r"^\s*([-−–])\s+", r"\1", plain(text).rpartition("=")[2])  # a sign that stands apart: nothing is before it
+    numbers = list(NUMBER.finditer(text))
+    return value(numbers[0]) if len(numbers) == 1 and not EXPRESSION.search(text) else None
 
 
 def plain(text):
     """Without the TeX that numbers come in, such as \\frac{1}{2}, 1{,}000, 1\\,000, \\$5 and 5\\text{ cm}."""
     text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # of one and a half, 1\frac{1}{2}, nobody shall read eleven halves
-    text = re.sub(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2", text)
+    text = re.sub(r"\\[dt]?frac\s*\{\s*([-−–]?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2", text)
     text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\\$", "$")
     return re.sub(r"\\(?:text|mathrm)\s*\{|\.{2,}", " ", text)
 
@@ -175,5 +180,5 @@ def value(match):
     divisor = int(match["divisor"] or 1)
     if divisor == 0:
         return None
-    whole = Fraction(match["digits"].replace(",", "")) / divisor
+    whole = Fraction(match["digits"].replace(",", "") + (match["exponent"] or "")) / divisor
     return -whole if match["sign"] else whole

@@ -1,4 +1,4 @@
-"""evaluate: the training script's own numbers, standard errors by hand, checkpoints, images of other systems, going on, refusals."""
+"""evaluate: the training script's numbers, standard errors by hand, checkpoints, others' images, going on, refusals."""
 
 import importlib.util
 import json
@@ -72,21 +72,31 @@ def test_standard_errors_are_over_seeds_or_over_training_runs(tmp_path, runs, fe
     }  # fmt: skip
 
 
-def test_steps_make_a_path_and_the_last_is_the_table(tmp_path, runs, few):
+def test_steps_make_a_path_and_the_last_is_the_table(tmp_path, runs, few, monkeypatch):
+    panels = {}
+    monkeypatch.setattr(evaluate.plots, "grids", lambda file, given, texts: panels.update(given))
     models = [f"base={BASE}", *(f"tuned@{n}={runs / 'full' / f'round-{n}' / 'model'}" for n in (2, 1))]
     table = run("--models", *models, *few)
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     means = [sum(stored(tmp_path / "out", f"tuned@{n}.0.seed{seed}")["reward"] for seed in (0, 1)) / 2 for n in (1, 2)]
     assert [point["reward"] for point in rows[1]["path"]] == pytest.approx(means) and len(rows) == 2
     assert table["tuned"]["reward"][0] == pytest.approx(means[1])
+    assert torch.equal(panels["tuned"][0], images.read_png(tmp_path / "out" / "images" / "tuned@2" / "0000_00.png"))
 
 
 def write_images(folder, seed=0, count=2, size=8):
     folder.mkdir(parents=True)
     drawn = 2 * torch.rand(2 * count, 1, size, size, generator=torch.Generator().manual_seed(seed)) - 1
-    for i, image in enumerate(drawn):
-        images.write_png(folder / f"{i // count:04d}_{i % count:02d}.png", image)
-    return torch.stack([images.read_png(folder / f"{i // count:04d}_{i % count:02d}.png") for i in range(2 * count)])
+    files = [folder / f"{i // 2:04d}_{i % 2:02d}.png" for i in range(2 * count)]
+    for file, image in zip(files, drawn):
+        images.write_png(file, image)
+    return torch.stack([images.read_png(file) for file in files])
+
+
+def test_the_demos_judge_looks_at_the_demos_images(tmp_path):
+    write_images(tmp_path / "plain", count=40, size=16)
+    with pytest.raises(ValueError, match=r"plain: images \[1, 16, 16\]; expected the demo's, \[1, 8, 8\], or --prompts"):
+        run("--models", f"x={tmp_path / 'plain'}", "--samples", 2, "--out", tmp_path / "out")
 
 
 def test_images_of_another_system_enter_the_table(tmp_path, few):
@@ -100,10 +110,44 @@ def test_images_of_another_system_enter_the_table(tmp_path, few):
     assert table["plain"]["reward"][0] == pytest.approx(ClipScore(digits.HERE / "clip")(drawn, texts).mean().item(), rel=1e-5)
     assert "w2" not in table["plain"] and math.isnan(table["plain"]["reward"][1]) and table["seeded"]["reward"][1] > 0
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    results = (tmp_path / "out" / "results.json").read_text()
+    assert json.loads(results)["rows"][2]["final"]["reward"] == [table["plain"]["reward"][0], None] and "NaN" not in results
     assert lines[-1].startswith("| plain |") and lines[-1].endswith("| – |") and "±" not in lines[-1]
     (tmp_path / "plain" / "0001_00.png").unlink()
     with pytest.raises(FileNotFoundError, match="0001_00.png: no such file"):
         run("--models", f"other={tmp_path / 'plain'}", *few[:-1], tmp_path / "second")
+
+
+def test_a_models_folder_may_show_images(tmp_path, few):
+    shutil.copytree(BASE, tmp_path / "base")
+    images.write_png(tmp_path / "base" / "example.png", torch.zeros(3, 4, 4))  # as the public SD3 folder does
+    a, b = (
+        run("--models", f"base={folder}", *few[:-1], tmp_path / f"out{i}") for i, folder in enumerate((BASE, tmp_path / "base"))
+    )
+    assert a == b
+
+
+def test_what_fails_late_is_refused_at_once(tmp_path, few, runs, monkeypatch):
+    monkeypatch.setattr(evaluate.Evaluation, "draw", lambda *args: pytest.fail("work has begun"))
+    write_images(tmp_path / "plain")
+    write_images(tmp_path / "seeded" / "seed0")
+    (tmp_path / "nothing").mkdir()
+    config = json.loads((BASE / "transformer" / "config.json").read_text())
+    shutil.copytree(BASE, tmp_path / "smaller")
+    (tmp_path / "smaller" / "transformer" / "config.json").write_text(json.dumps(config | {"sample_size": 6}))
+    for models, message in (
+        ([f"x={tmp_path / 'nothing'}"], "nothing: no transformer/ in it"),
+        ([f"x={BASE}+{tmp_path / 'nothing'}"], "nothing"),
+        ([f"x={tmp_path / 'seeded'}"], r"seed1.0000_00.png: no such file; expected 2 images of every prompt"),
+        ([f"x={BASE}", f"x={tmp_path / 'plain'}"], "plain: x is images and a model; expected one of them to a name"),
+        ([f"x@1={tmp_path / 'plain'}", f"x@2={BASE}"], f"{BASE}: x is images and a model"),
+        ([f"x={tmp_path / 'smaller'}"], r"smaller: latents \[1, 6, 6\]; expected \[1, 8, 8\], those of"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run("--models", f"base={BASE}", *models, *few)
+    with pytest.raises(ValueError, match="--resolution: resolution 7: expected a multiple of 2"):
+        run("--models", f"base={BASE}", *few, "--resolution", 7)
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_of_several_sizes_are_refused(tmp_path, few):
@@ -140,6 +184,14 @@ def test_another_evaluation_in_the_same_folder_is_refused(tmp_path, few, runs):
         run("--models", f"base={BASE}", *few, "--steps", 3)
     with pytest.raises(ValueError, match=r"base.0.seed0.json: holds another model's scores than .*; expected another --out"):
         run("--models", f"base={runs / 'full' / 'model'}", *few)
+    both = ["--models", f"base={BASE}", f"tuned={runs / 'full' / 'model'}"]
+    run(*both, *few)
+    with pytest.raises(ValueError, match=r"was measured from the base .*demo/base, not .*; expected another --out"):
+        run(both[0], both[2], both[1], *few)  # the divergence from the base would be another's
+    file = tmp_path / "out" / "scores" / "base.0.seed0.json"
+    file.write_text(json.dumps({"reward": 1.0}))  # of another program
+    with pytest.raises(ValueError, match="base.0.seed0.json: holds another model's scores"):
+        run("--models", f"base={BASE}", *few)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="the folder is not empty"):

@@ -80,7 +80,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     before = file.read_bytes()
     for image, message in ((torch.zeros(2, 2), r"shape \[2, 2\]; expected \[1 or 3, height, width\]"),
                            (torch.zeros(4, 2, 2), r"shape \[4, 2, 2\]"), (torch.zeros(3, 0, 2), r"shape \[3, 0, 2\]"),
-                           (torch.full((1, 2, 2), torch.nan), "NaN")):  # fmt: skip
+                           (torch.full((1, 2, 2), torch.nan), "NaN"),
+                           (torch.full((1, 2, 2), 200, dtype=torch.uint8), "torch.uint8; expected floats")):  # fmt: skip
         with pytest.raises(ValueError, match=f"{file}: cannot write an image .*{message}"):
             images.write_png(file, image)
     assert file.read_bytes() == before
@@ -204,18 +205,33 @@ def test_the_longer_side_is_cropped_in_its_middle():
 
 
 def test_resizing_keeps_a_constant_and_a_linear_ramp_and_clamps():
-    assert torch.allclose(images.preprocess(torch.full((1, 1, 5, 9), 0.5), 8, [0.5], [0.5]), torch.tensor(0.5))
-    # Far from its ends a ramp x stays a ramp under a symmetric kernel: 64 -> 16 columns sample it at 4 x + 1.5.
+    for level in (0, 1, 99, 191, 255):
+        same = images.preprocess(torch.full((1, 1, 5, 9), level / 127.5 - 1), 8, [0.0], [1 / 255])
+        assert torch.allclose(same, torch.tensor(float(level)), atol=1e-4)
+    # Far from its ends a ramp x stays a ramp under a symmetric kernel: 64 -> 16 columns sample it at 4 x + 1.5, in 8 bits (half
+    # a level, of which a column has 255 / 63). The order of the passes and a lone column make no difference.
     ramp = torch.arange(64.0).expand(1, 1, 64, 64) / 63 * 2 - 1
-    small = images.preprocess(ramp, 16, [0.0], [1 / 63], crop=False)[0, 0]
-    assert (small[:, 3:13] - (4 * torch.arange(3.0, 13) + 1.5)).abs().max() < 1e-4
+    expected = 4 * torch.arange(3.0, 13) + 1.5
+    for wide in (ramp, ramp[:, :, :1], ramp.repeat(1, 1, 9, 1)):
+        for small in (images.preprocess(x, 16, [0.0], [1 / 63], crop=False)[0, 0] for x in (wide, wide.mT.contiguous().mT)):
+            assert (small[:, 3:13] - expected).abs().max() < 0.5 / (255 / 63) + 1e-4
+        small = images.preprocess(wide.mT.contiguous(), 16, [0.0], [1 / 63], crop=False)[0, 0]
+        assert (small.T[:, 3:13] - expected).abs().max() < 0.5 / (255 / 63) + 1e-4
     # A step from −1 to 1 overshoots under bicubic; 8 bits have no room for it.
     step = torch.cat([torch.full((1, 1, 8, 4), -1.0), torch.full((1, 1, 8, 4), 1.0)], dim=3)
     big = images.preprocess(step, 32, [0.0], [1.0])
     assert big.min() == 0 and big.max() == 1
+    # Nor has it between the passes, rows first: of a white quarter, the columns that overshoot along the rows (0.5 to 2 pixels
+    # from the edge, which is at 16) come out as those far from the edge, whose value is white itself.
+    quarter = torch.full((1, 1, 8, 8), -1.0)
+    quarter[..., 4:, 4:] = 1
+    big = images.preprocess(quarter, 32, [0.0], [1.0])[0, 0]
+    assert 0 < big[17, 31] < 1 and torch.allclose(big[:, 18:], big[:, 31:].expand(-1, 14), atol=1e-6)
 
 
 def test_images_that_do_not_fit_the_model_are_refused():
     for shape in ((2, 4, 8, 8), (3, 8, 8), (1, 2, 8, 8), (1, 3, 0, 8)):
         with pytest.raises(ValueError, match=r"images have shape .*; expected \[N, 1 or 3, height, width\]"):
             images.preprocess(torch.zeros(shape), 8, MEAN, STD)
+    with pytest.raises(ValueError, match=r"images are torch.uint8; expected floats in \[−1, 1\]"):
+        images.preprocess(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 8, MEAN, STD)

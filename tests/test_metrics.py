@@ -45,6 +45,16 @@ def test_frechet_distance_between_gaussians():
     trace, determinant = 8 + 2, 4 * 3  # of Σa·Σb; (√λ1 + √λ2)² = trace + 2·√determinant
     assert metrics.frechet_distance(p, q) == pytest.approx(5 + 4 - 2 * math.sqrt(trace + 2 * math.sqrt(determinant)), rel=1e-9)
 
+    for a, b in ((p[:1], q), (p, q[:, :1]), (p[0], q[0])):
+        with pytest.raises(ValueError, match=r"features have shapes .*; expected \[N, D\] and \[M, D\], N and M > 1"):
+            metrics.frechet_distance(a, b)
+
+
+def test_clip_diversity_of_half_precision_embeddings_is_computed_in_float32():
+    # Directions (3, 4)/5 and (4, 3)/5, (−1, 1)/5 apart; the squares are beyond float16.
+    embeddings = torch.tensor([[3000.0, 4000.0], [4000.0, 3000.0]], dtype=torch.float16)
+    assert metrics.clip_diversity(embeddings, 2) == pytest.approx(math.sqrt(2) / 5, rel=1e-6)
+
 
 def test_mean_and_standard_error_by_hand():
     mean, error = metrics.mean_and_standard_error([1.0, 2.0, 6.0])

@@ -139,7 +139,7 @@ def test_every_pair_is_scored_alone(models, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_images_have_any_size_and_any_range(models, name):
-    colours = torch.tensor([[0.5, -0.25, 1], [-1, 0, 0.75], [0, 0, 0], [1, -1, 0.1]])
+    colours = torch.tensor([[191, 95, 255], [0, 128, 223], [127, 127, 127], [255, 0, 140]]) / 127.5 - 1  # 8 bits have them
     plain = [colours[..., None, None].expand(4, 3, *size) for size in ((12, 12), (15, 15), (7, 40), (64, 33))]
     first, *others = (models[name](images, PROMPTS) for images in plain)
     assert all(torch.allclose(other, first, rtol=1e-3, atol=1e-4) for other in others)  # resized, a colour stays a colour
@@ -344,6 +344,22 @@ def test_bad_files_are_named(folders, tmp_path):
     with pytest.raises(ValueError, match="preprocessor_config.json: keys 'image_mean' and 'image_std' are missing"):
         ClipScore(clip)
     assert PromptTokenizer(clip).pad == 1
+    for name, key, value, message in (
+        ("clip_score", "image_mean", None, "is None; expected 3 numbers, one a channel"),
+        ("clip_score", "image_mean", [0.5], "is .*; expected 3 numbers"),
+        ("blip_score", "image_std", [1, 0, 1], "is .*; expected 3 positive numbers"),
+        ("blip_score", "image_std", 0.5, "is 0.5; expected 3 positive numbers"),
+        ("blip_score", "resample", 2, "is 2; expected 3"),
+        ("pick_score", "do_center_crop", False, "is False; expected True"),
+        ("clip_score", "size", {"shortest_edge": 20}, "is .*; expected 12, the model's image_size"),
+        ("clip_score", "crop_size", 10, "is 10; expected 12"),
+    ):
+        other = shutil.copytree(folders[name], tmp_path / "other", dirs_exist_ok=True)
+        file = other / "preprocessor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+        with pytest.raises(ValueError, match=f"{file}: key '{key}' {message}") as error:
+            parse([f"{name}:{other}"])
+        assert "\n" not in str(error.value)
     aesthetic = shutil.copytree(folders["aesthetic"], tmp_path / "aesthetic")
     file = aesthetic / "aesthetic.safetensors"
     tensors = load_file(file)
@@ -366,6 +382,7 @@ def test_bad_files_are_named(folders, tmp_path):
         ("return None", r"f gave NoneType; expected \[4\] numbers"),
         ("return prompts", r"f gave list; expected \[4\] numbers"),
         ("return [[1], [1, 2], [1], [1]]", r"f gave list; expected \[4\] numbers"),
+        ("return [10**400] * 4", r"f gave list; expected \[4\] numbers"),
         ("return 1 / 0", "mine.py, line 2: ZeroDivisionError: division by zero"),
         ("raise RuntimeError('first\\nsecond')", "mine.py, line 2: RuntimeError: first$"),
         ("return images @ prompts", "mine.py, line 2: TypeError: "),
@@ -377,6 +394,17 @@ def test_a_wrong_answer_of_a_function_is_one_line(tmp_path, body, message):
     with pytest.raises(ValueError, match=message) as error:
         parse([f"{file}:f"])(pictures("clip_score"), PROMPTS)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_any_kind_are_read(tmp_path):
+    for numbers in ("np.arange(4.0)[::-1]", "(3, 2, 1, 0)", "range(3, -1, -1)", "[np.float32(x) for x in (3, 2, 1, 0)]"):
+        file = own(tmp_path, f"import numpy as np\ndef f(images, prompts):\n    return {numbers}\n")
+        assert parse([f"{file}:f"])(pictures("clip_score"), PROMPTS)["reward"].tolist() == [3, 2, 1, 0]
+
+
+def test_samples_without_a_prompt_each_are_refused(folders):
+    with pytest.raises(ValueError, match="1 samples and 4 prompts; expected a prompt for each sample"):
+        parse([str(folders["clip_score"])])(pictures("clip_score")[:1], PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,13 @@ from nano_adrpo.rewards_text import Problem, exact_answer, final_number, read_pr
         ("7 ####", None),
         ("#### 1 or 2", None),
         ("#### 2+3", None),  # nothing is computed, and no part of an expression is its value
+        ("#### - 5", -5),  # nothing stands before the sign
+        ("#### 4 - 5", None),
+        ("#### 1e5", 100000),
+        ("#### 2.5E-3 m", "1/400"),
+        ("#### 1e5000", None),
+        ("#### 10^6", None),
+        ("#### 7½", None),
         # boxed
         (r"\boxed{42}", 42),
         (r"so $\boxed{42}$. Check: 43", 42),
@@ -52,6 +59,15 @@ from nano_adrpo.rewards_text import Problem, exact_answer, final_number, read_pr
         (r"\boxed{\boxed{3} 4", 3),
         (r"\boxed{" * 20_000 + "5", 5),  # a model that goes round in circles must not cost minutes
         (r"\boxed {85}", 85),
+        (r"\boxed{x = - 5}", -5),
+        (r"\boxed{\frac{-3}{4}}", "-3/4"),
+        (r"\boxed{\sqrt{2}}", None),
+        (r"\boxed{2\pi}", None),
+        (r"\boxed{2^{10}}", None),
+        (r"\boxed{30^\circ}", 30),
+        (r"\boxed{\boxed{7}}", 7),
+        (r"\boxed{1} } \boxed{{2}} {", 2),
+        ("\\boxed{" * 20000 + "7}", 7),  # in time that grows with the length, not with its square
         # the last number
         ("She pays 10 - 3 = 7 dollars.", 7),
         ("It is 3.14.", "3.14"),
@@ -82,6 +98,7 @@ def test_answers_are_compared_exactly():
     assert exact_answer("#### 0.3", "3/10") == exact_answer("#### 0.30", 0.3) == exact_answer("72.0", 72) == 1.0
     assert exact_answer("#### 0.333333333333333333", Fraction(1, 3)) == 0.0
     assert exact_answer("#### 9007199254740993", "9007199254740992") == 0.0  # equal as floats
+    assert exact_answer("#### 0.0000001", 1e-7) == exact_answer("#### 10,000,000,000,000,000", 1e16) == 1.0
     assert exact_answer("no idea", "5") == exact_answer("", "5") == 0.0
     assert exact_answer("-7", -7) == 1.0 and exact_answer("7", -7) == 0.0
 

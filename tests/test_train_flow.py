@@ -334,7 +334,8 @@ def test_the_comparison_resumes_and_averages(tmp_path, monkeypatch, capsys):
         "common",
         dict(zip(("prompts-per-round", "group-size", "eval-samples", "ode-steps"), (2, 2, 2, 2))),
     )
-    options = ["flow", "--out", str(tmp_path), "--seeds", "2", "--rounds", "1", "--workers", "2"]
+    monkeypatch.chdir(tmp_path.parent)  # --out counts from there
+    options = ["flow", "--out", tmp_path.name, "--seeds", "2", "--rounds", "1", "--workers", "2"]
     compare.main(options)
     printed = capsys.readouterr().out
     assert "8 runs, 0 of them finished before" in printed and "Every setting at its best learning rate, by joint" in printed

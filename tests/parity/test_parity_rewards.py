@@ -42,10 +42,10 @@ def pictures(height, width):
 
 
 def agree(ours, theirs, resized):
-    """Within 1 % of the scores' size, pair by pair: Pillow rounds to 8 bits between its passes (measured: up to 0.5 %). Where
+    """Within 0.2 % of the scores' size, pair by pair: a level of 8 bits is now and then rounded otherwise than by Pillow. Where
     nothing is resized, nothing is rounded."""
     assert ours.shape == theirs.shape == (4,) and theirs.std() > 1e-3
-    assert (ours - theirs).abs().max() < (0.01 if resized else 1e-5) * theirs.abs().mean()
+    assert (ours - theirs).abs().max() < (0.002 if resized else 1e-5) * theirs.abs().mean()
 
 
 @pytest.fixture(scope="module")
