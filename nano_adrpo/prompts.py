@@ -132,7 +132,7 @@ def read_prompts(file):
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file; expected prompts, one a line")
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not a text file in UTF-8 ({error})") from None
     prompts = []
@@ -142,10 +142,9 @@ def read_prompts(file):
         if Path(file).suffix == ".jsonl":
             try:
                 line = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
-                line = None
-            if not isinstance(line, str):
-                raise ValueError(f'{file}, line {number}: expected a JSON object with a text "prompt"')
+                line.encode()  # half a character, as in "\ud83d", is no text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise ValueError(f'{file}, line {number}: expected a JSON object with a text "prompt"') from None
         prompts.append(line)
     if not prompts:
         raise ValueError(f"{file}: no prompts in it; expected one a line")

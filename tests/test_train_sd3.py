@@ -164,7 +164,15 @@ def test_phases_are_logged_on_the_console(train, capsys):
 def test_json_lines_are_prompts(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "id": 3}\n\n{"prompt": "the one"}\n')
     assert prompts.read_prompts(tmp_path / "p.jsonl") == ["a cat", "the one"]
-    for content, message in (('{"prompt": "a"}\n{"text": "b"}', "line 2: expected a JSON object"), ("\n", "no prompts in it")):
+    (tmp_path / "p.txt").write_bytes("\ufeffa cat\r\nthe\u2028one\n".encode())  # as some editors write it: a mark in front, \r\n
+    assert prompts.read_prompts(tmp_path / "p.txt") == ["a cat", "the\u2028one"]
+    line2 = "line 2: expected a JSON object"
+    for content, message in (
+        ('{"prompt": "a"}\n{"text": "b"}', line2),
+        ('{"prompt": "a"}\n{"prompt": 3}', line2),
+        ('{"prompt": "a"}\n{"prompt": "\\ud83d"}', line2),
+        ("\n", "no prompts in it"),
+    ):
         (tmp_path / "p.jsonl").write_text(content)
         with pytest.raises(ValueError, match=message):
             prompts.read_prompts(tmp_path / "p.jsonl")
