@@ -80,6 +80,23 @@ def test_a_prompt_of_300_tokens_is_reported_once(folder):
     assert same(condition, longer)  # both keep 75 words in CLIP and 255 in T5
 
 
+def test_half_a_character_is_refused(tmp_path):
+    tiny.clip_tokenizer(tmp_path, "!")
+    for bad in ("a photo \ud83d", None):  # as json.loads makes it of a surrogate without its other half
+        with pytest.raises(ValueError, match=r"the prompt .* is not Unicode text"):
+            PromptTokenizer(tmp_path)(["a photo", bad], 77)
+
+
+def test_an_added_token_of_another_id_is_refused(tmp_path):
+    tiny.clip_tokenizer(tmp_path, "!")
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["added_tokens_decoder"]["526"] = {"content": "<mine>", "special": False}
+    tiny.write_json(file, config)
+    with pytest.raises(ValueError, match="vocab.json: not a tokenizer .token '<mine>' has id 525; expected 526"):
+        PromptTokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     "break_it, message",
     [
