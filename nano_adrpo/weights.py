@@ -266,8 +266,9 @@ def convert(file, out):
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or not isinstance(key, str):
             print(f"left out: {key} ({type(value).__name__})")
-        elif value.layout != torch.strided or value.dtype not in DTYPES.values():
-            raise ValueError(f"{file}: key '{key}' is {value.layout}, {value.dtype}; a safetensors file cannot hold it")
+        elif value.layout != torch.strided or value.dtype not in DTYPES.values() or value.is_meta:
+            kind = f"{value.layout}, {value.dtype}, on {value.device}"
+            raise ValueError(f"{file}: key '{key}' is {kind}; a safetensors file cannot hold it")
         else:  # two names may share memory here, but not in a safetensors file
             shared = value.untyped_storage().data_ptr() in storages
             storages.add(value.untyped_storage().data_ptr())

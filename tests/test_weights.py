@@ -232,11 +232,12 @@ def test_convert_runs_nothing_from_a_file(tmp_path, monkeypatch, capsys, kind, r
 
 def test_convert_names_a_file_without_tensors_or_damaged(tmp_path):
     file, out = tmp_path / "x.pt", tmp_path / "x.safetensors"
-    sparse = "key 'a' is torch.sparse_coo, torch.float32; a safetensors file cannot hold it"
+    sparse = "key 'a' is torch.sparse_coo, torch.float32, on cpu; a safetensors file cannot hold it"
     for content, message in ((torch.ones(1), "holds a Tensor without named tensors"), ([torch.ones(1)], "holds a list"),
                              ({}, "holds a dict without"), ({"a": 1}, "holds a dict without"), (3, "holds a int"),
                              ({0: torch.ones(1)}, "holds a dict without"), ({"a": torch.eye(2).to_sparse()}, sparse),
-                             ({"a": torch.ones(1).to(torch.complex64)}, "key 'a' is torch.strided")):  # fmt: skip
+                             ({"a": torch.ones(1).to(torch.complex64)}, "key 'a' is torch.strided"),
+                             ({"a": torch.ones(1, device="meta")}, "key 'a' is torch.strided, torch.float32, on meta")):  # fmt: skip
         torch.save(content, file)
         with pytest.raises(ValueError, match=f"{file}: {message}"):
             weights.convert(file, out)

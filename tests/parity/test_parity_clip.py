@@ -57,7 +57,7 @@ def test_what_we_save_loads_there(tmp_path):
 
 @torch.no_grad()
 def test_the_dict_of_older_files_has_the_last_word(tmp_path):
-    # `text_config_dict` with its own defaults, whatever `text_config` says: eos_token_id is 49407 again, and none is in the text.
+    # `text_config_dict` and the defaults count, whatever `text_config` says: eos_token_id is 49407, and none is in the text.
     theirs("openai").save_pretrained(tmp_path)
     where = tmp_path / "config.json"
     config = json.loads(where.read_text())
