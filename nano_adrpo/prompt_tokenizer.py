@@ -45,6 +45,9 @@ class PromptTokenizer:
             raise
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise ValueError(f"{source}: not a tokenizer ({error})") from None
+        for side in ("padding_side", "truncation_side"):
+            if (value := self.config.get(side) or "right") != "right":
+                raise ValueError(f"{path / 'tokenizer_config.json'}: '{side}' is {value!r}; expected 'right'")
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         pad = self.config.get("pad_token")

@@ -237,7 +237,7 @@ def test_convert_names_a_file_without_tensors_or_damaged(tmp_path):
                              ({}, "holds a dict without"), ({"a": 1}, "holds a dict without"), (3, "holds a int"),
                              ({0: torch.ones(1)}, "holds a dict without"), ({"a": torch.eye(2).to_sparse()}, sparse),
                              ({"a": torch.ones(1).to(torch.complex64)}, "key 'a' is torch.strided"),
-                             ({"a": torch.ones(1, device="meta")}, "key 'a' is torch.strided, torch.float32, on meta")):  # fmt: skip
+                             ({"a": torch.ones(1, device="meta")}, "key 'a' is torch.strided, .*, on meta")):  # fmt: skip
         torch.save(content, file)
         with pytest.raises(ValueError, match=f"{file}: {message}"):
             weights.convert(file, out)

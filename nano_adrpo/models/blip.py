@@ -380,12 +380,10 @@ class BertTokenizer:
             raise FileNotFoundError(f"{path}: no tokenizer.json and no vocab.txt in this folder")
         if where.suffix == ".json":
             weights.read_json(where)  # a damaged file is named
-            self.tokenizer = Tokenizer.from_file(str(where))
-        else:
-            lines = where.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            self.tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(lines)}, unk_token="[UNK]"))
-            self.tokenizer.normalizer = normalizers.BertNormalizer()
-            self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        try:
+            self.tokenizer = Tokenizer.from_file(str(where)) if where.suffix == ".json" else word_pieces(where)
+        except Exception as error:  # the tokenizers library raises nothing more specific
+            raise ValueError(f"{where}: not a tokenizer ({error})") from None
         self.pad, cls, sep, unk = (self.tokenizer.token_to_id(f"[{name}]") for name in ("PAD", "CLS", "SEP", "UNK"))
         if None in (self.pad, cls, sep, unk):
             raise ValueError(f"{where}: expected BERT's [PAD], [CLS], [SEP] and [UNK] among the tokens")
@@ -405,3 +403,10 @@ class BertTokenizer:
                 rows[i] = ids[: length - 1] + ids[-1:]
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=self.pad)
         return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+
+
+def word_pieces(file):
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(lines)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return tokenizer
