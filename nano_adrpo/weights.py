@@ -161,6 +161,8 @@ def save_model(folder, model, config, stem="model"):
         raise ValueError(f"{folder}: the model has adapters; save them with lora.save, or lora.merge them before it is saved")
     Path(folder).mkdir(parents=True, exist_ok=True)
     save(Path(folder) / f"{stem}.safetensors", model.state_dict())
+    # Of shards that lie here from before: diffusers would go on reading those.
+    (Path(folder) / f"{stem}.safetensors.index.json").unlink(missing_ok=True)
     write_json(Path(folder) / "config.json", config)
 
 
