@@ -4,6 +4,7 @@ A tokenizer folder has tokenizer_config.json and either tokenizer.json or CLIP's
 that transformers makes of it.
 """
 
+import math
 import warnings
 from pathlib import Path
 
@@ -24,11 +25,18 @@ class PromptTokenizer:
         if "special_tokens_map.json" in self.files:  # of older folders, where it has the last word
             special = weights.read_json(path / "special_tokens_map.json")
             self.config = special | self.config if "added_tokens_decoder" in self.config else self.config | special
+        if "added_tokens.json" in self.files and "added_tokens_decoder" not in self.config:  # of older folders too
+            added = {
+                str(i): {"content": content, "special": False}
+                for content, i in weights.read_json(path / "added_tokens.json").items()
+            }
+            self.config["added_tokens_decoder"] = added
         source = path / "tokenizer.json"
         if source.name not in self.files:
             if "vocab.json" not in self.files:
                 raise FileNotFoundError(f"{source}: no such file, nor CLIP's vocab.json and merges.txt")
             source = path / "vocab.json"
+            self.config = CLIP_TOKENS | {key: value for key, value in self.config.items() if value is not None}
         weights.read_json(source)  # a damaged file is named
         try:
             self.tokenizer = clip_tokenizer(path, self.config) if source.stem == "vocab" else Tokenizer.from_file(str(source))
@@ -37,6 +45,9 @@ class PromptTokenizer:
             raise
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise ValueError(f"{source}: not a tokenizer ({error})") from None
+        for side in ("padding_side", "truncation_side"):
+            if (value := self.config.get(side) or "right") != "right":
+                raise ValueError(f"{path / 'tokenizer_config.json'}: '{side}' is {value!r}; expected 'right'")
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         pad = self.config.get("pad_token")
@@ -49,7 +60,7 @@ class PromptTokenizer:
         """B strings -> ids [B, length]: begin, words, end, padding. A longer prompt loses words before its end token, with a
         warning the first time."""
         rows, cut = [], {}
-        for prompt, encoding in zip(prompts, self.tokenizer.encode_batch(list(prompts))):
+        for prompt, encoding in zip(prompts, encode_batch(self.tokenizer, prompts)):
             ids = encoding.ids
             if len(ids) > length:
                 cut |= {} if prompt in self.reported else {prompt: len(ids)}
@@ -74,6 +85,17 @@ FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json",
 )  # fmt: skip
+CLIP_TOKENS = {name: "<|endoftext|>" for name in ("eos_token", "unk_token", "pad_token")} | {"bos_token": "<|startoftext|>"}
+
+
+def encode_batch(tokenizer, prompts):
+    """tokenizer.encode_batch; ValueError where a prompt is no text, as half a character of a broken JSON escape is none."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except (UnicodeEncodeError, AttributeError):
+            raise ValueError(f"the prompt {prompt!r} is not Unicode text") from None
+    return tokenizer.encode_batch(list(prompts))
 
 
 def _content(token):
@@ -87,8 +109,7 @@ def clip_tokenizer(path, config):
         raise FileNotFoundError(f"{path / 'merges.txt'}: no such file; vocab.json needs it")
     lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-    names = {name: _content(config.get(name) or "<|endoftext|>") for name in ("unk_token", "eos_token")}
-    names["bos_token"] = _content(config.get("bos_token") or "<|startoftext|>")
+    names = {name: _content(config[name]) for name in CLIP_TOKENS}
     vocabulary = weights.read_json(path / "vocab.json")
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=names["unk_token"]))
     tokenizer.normalizer = normalizers.Sequence(
@@ -105,13 +126,21 @@ def clip_tokenizer(path, config):
 
 def mark_special(tokenizer, config):
     """Makes the special tokens that the config lists be found in the text too, as transformers does: with "!" as padding,
-    every "!" of a prompt is that token."""
+    every "!" of a prompt is that token. A listed token that the vocabulary lacks is added to it, under the id of the list."""
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    listed = [*config.get("added_tokens_decoder", {}).values()]
+    ids = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    more = config.get("additional_special_tokens") or []
     named = [config[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(name)]
-    special = {_content(token): token for token in named} | {_content(token): token for token in listed}  # the last one counts
-    for content, token in special.items():
-        options = token if isinstance(token, dict) else {}
-        flags = {flag: options[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized") if flag in options}
-        if content not in known and tokenizer.token_to_id(content) is not None:
-            tokenizer.add_special_tokens([AddedToken(content, special=True, **flags)])
+    tokens = [*named, *more, *config.get("added_tokens_decoder", {}).values()]
+    tokens = {_content(token): token for token in tokens}  # the last one counts
+    added = [*ids, *map(_content, more)]
+    for content, token in sorted(tokens.items(), key=lambda item: ids.get(item[0], math.inf)):
+        options = {"special": True} | (token if isinstance(token, dict) else {})
+        flags = {
+            flag: options[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized", "special") if flag in options
+        }
+        if content not in known and (content in added or tokenizer.token_to_id(content) is not None):
+            add = tokenizer.add_special_tokens if flags["special"] else tokenizer.add_tokens
+            add([AddedToken(content, **flags)])
+        if (found := tokenizer.token_to_id(content)) != ids.get(content, found):
+            raise ValueError(f"token {content!r} has id {found}; expected {ids[content]}")

@@ -132,7 +132,7 @@ def read_prompts(file):
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file; expected prompts, one a line")
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would end a line at U+2028 too
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not a text file in UTF-8 ({error})") from None
     prompts = []

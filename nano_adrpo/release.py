@@ -6,6 +6,8 @@ single file, which tells its parts apart by how their keys begin and never has t
 
 from pathlib import Path
 
+import torch
+
 from nano_adrpo import weights
 from nano_adrpo.models.mmdit import MMDiT
 
@@ -65,4 +67,5 @@ class Release:
         raise FileNotFoundError(f"{missing}{nor}; {PARTS[part][0]}")
 
     def transformer_config(self):
-        return MMDiT.from_pretrained(self.need("transformer"), device="meta").config
+        # Of a dtype, since a float8 file has none to compute in; from the headers alone.
+        return MMDiT.from_pretrained(self.need("transformer"), torch.float32, "meta").config

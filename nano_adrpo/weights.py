@@ -50,12 +50,16 @@ class Checkpoint:
         self.path = Path(path)
         files, index = _files(self.path, stem)
         self.files = {file: _open(file) for file in files}
+        keys = {file: set(opened.keys()) for file, opened in self.files.items()}
         self.home = {key: file for file, opened in self.files.items() for key in opened.keys()}
-        if index and (listed := set(read_json(index)["weight_map"])) != set(self.home):
-            key = min(listed ^ set(self.home))
-            raise ValueError(
-                f"{index}: key '{key}' is {'listed but in no shard' if key in listed else 'in a shard but not listed'}"
-            )
+        if index:
+            listed = {key: self.path / shard for key, shard in read_json(index)["weight_map"].items()}
+            for key in sorted(listed.keys() | self.home.keys()):
+                if key not in listed:
+                    raise ValueError(f"{index}: key '{key}' is in a shard but not listed")
+                if key not in keys[listed[key]]:
+                    raise ValueError(f"{index}: key '{key}' is listed but not in {listed[key].name}")
+            self.home = {key: listed[key] for key in self.home}  # of a key in two shards the listed one counts
         headers = {key: self.files[file].get_slice(key) for key, file in self.home.items()}
         self.shapes = {key: tuple(header.get_shape()) for key, header in headers.items()}
         self.dtypes = {key: DTYPES.get(header.get_dtype()) for key, header in headers.items()}
@@ -85,7 +89,7 @@ def _files(path, stem):
         if not index.is_file():
             continue
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
             raise ValueError(f"{index}: expected a 'weight_map' from keys to shard files")
         shards = [path / shard for shard in sorted(set(weight_map.values()))]
         for shard in shards:
@@ -105,32 +109,41 @@ def _open(file):
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
 
 
-def load(model, checkpoint, dtype=None, device=None, convert=lambda key, read: {key: read()}, keys=None):
+def load(model, checkpoint, dtype=None, device=None, convert=lambda key, read: {key: read()}, keys=None, key_of=str):
     """Fills `model`, built on the meta device, from `checkpoint`, and returns it.
 
     convert   (key in the file, function that reads its tensor) -> {name in the model: tensor}; {} drops the key
     keys      the keys to read, None for all
-    dtype     None keeps the file's dtype; where a file mixes several, all become the narrowest that holds each
+    key_of    name in the model -> the file's key for it, which a message about a missing one names
+    dtype     None keeps the file's dtype; where a file mixes several, all become the narrowest that holds each. A float8 file
+              needs one: nothing computes in float8
     device    None is the CPU; "meta" checks names and shapes against the headers and reads no tensor
 
-    Raises ValueError naming the file and the key for an unknown, missing or misshapen tensor.
+    Raises ValueError naming the file and the key for an unknown, missing or misshapen tensor, or one of another kind of number.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = model.state_dict()
     keys = list(checkpoint.home if keys is None else keys)
     if dtype is None:
-        stored = [checkpoint.dtypes[key] for key in keys if checkpoint.dtypes[key].is_floating_point]
-        dtype = functools.reduce(torch.promote_types, stored, stored[0]) if stored else torch.float32
+        stored = {checkpoint.dtypes[key]: key for key in keys if checkpoint.dtypes[key].is_floating_point}
+        for float8 in (kind for kind in stored if kind.itemsize == 1):
+            key = stored[float8]
+            raise ValueError(f"{checkpoint.home[key]}: key '{key}' is stored as {float8}; expected a dtype to compute in")
+        dtype = functools.reduce(torch.promote_types, stored or [torch.float32])
     tensors = {}
     for key in keys:
         where = f"{checkpoint.home[key]}: key '{key}'"
         for name, tensor in convert(key, lambda: checkpoint.read(key, device)).items():
             if name not in expected:
                 raise ValueError(f"{where} is not part of {type(model).__name__}")
-            if tuple(tensor.shape) != expected[name]:
-                raise ValueError(f"{where} has shape {list(tensor.shape)}; expected {list(expected[name])}")
+            if tensor.shape != expected[name].shape:
+                raise ValueError(f"{where} has shape {list(tensor.shape)}; expected {list(expected[name].shape)}")
+            if tensor.is_floating_point() != expected[name].is_floating_point():
+                raise ValueError(f"{where} is stored as {tensor.dtype}; expected numbers like {expected[name].dtype}")
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if missing := [name for name in expected if name not in tensors]:
-        raise ValueError(f"{checkpoint.path}: key '{missing[0]}' is missing ({len(missing)} of {len(expected)} keys are)")
+        raise ValueError(
+            f"{checkpoint.path}: key '{key_of(missing[0])}' is missing ({len(missing)} of {len(expected)} keys are)"
+        )
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
 
@@ -148,6 +161,8 @@ def save_model(folder, model, config, stem="model"):
         raise ValueError(f"{folder}: the model has adapters; save them with lora.save, or lora.merge them before it is saved")
     Path(folder).mkdir(parents=True, exist_ok=True)
     save(Path(folder) / f"{stem}.safetensors", model.state_dict())
+    # Of shards that lie here from before: diffusers would go on reading those.
+    (Path(folder) / f"{stem}.safetensors.index.json").unlink(missing_ok=True)
     write_json(Path(folder) / "config.json", config)
 
 
@@ -191,18 +206,26 @@ def read_json(file):
     return value
 
 
+def section(values, key, where):
+    """The JSON object below `key` of a config.json's values; an absent one and null are an empty one."""
+    if not isinstance(inside := values.get(key), (dict, type(None))):
+        raise ValueError(f"{where}: key '{key}' is {inside!r}; expected a JSON object")
+    return inside or {}
+
+
 def parse_config(cls, values, where):
-    """A config dataclass from a config.json's values. A field without default must be there, a number must be a number;
-    keys that the dataclass does not have are another program's business and are passed over."""
+    """A config dataclass from a config.json's values. A field without default must be there, a number must be a number and a
+    text a text; keys that the dataclass does not have are another program's business and are passed over."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}: key '{name}' is missing")
-        if name not in values or field.type not in (int, float):
-            continue
-        number = isinstance(values[name], (int, field.type)) and not isinstance(values[name], bool)
-        if not number or not 0 < values[name] < math.inf:
-            raise ValueError(f"{where}: key '{name}' is {values[name]!r}; expected a positive {field.type.__name__}")
+        value = values.get(name)
+        if name in values and field.type in (int, float):
+            if isinstance(value, bool) or not isinstance(value, (int, field.type)) or not 0 < value < math.inf:
+                raise ValueError(f"{where}: key '{name}' is {value!r}; expected a positive {field.type.__name__}")
+        if name in values and field.type is str and not isinstance(value, str):
+            raise ValueError(f"{where}: key '{name}' is {value!r}; expected a text")
     try:
         return cls(**{name: values[name] for name in fields if name in values})
     except ValueError as error:
@@ -242,8 +265,9 @@ def convert(file, out):
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or not isinstance(key, str):
             print(f"left out: {key} ({type(value).__name__})")
-        elif value.layout != torch.strided or value.dtype not in DTYPES.values():
-            raise ValueError(f"{file}: key '{key}' is {value.layout}, {value.dtype}; a safetensors file cannot hold it")
+        elif value.layout != torch.strided or value.dtype not in DTYPES.values() or value.is_meta:
+            kind = f"{value.layout}, {value.dtype}, on {value.device}"
+            raise ValueError(f"{file}: key '{key}' is {kind}; a safetensors file cannot hold it")
         else:  # two names may share memory here, but not in a safetensors file
             shared = value.untyped_storage().data_ptr() in storages
             storages.add(value.untyped_storage().data_ptr())

@@ -415,6 +415,12 @@ def test_bad_tokenizers_are_named(tmp_path):
         blip.BertTokenizer(tmp_path)
     with pytest.raises(ValueError, match="vocab.txt: expected BERT's"):
         blip.BertTokenizer(vocabulary(tmp_path, ["[PAD]", "[UNK]", "a"]))
+    (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"vocab.txt: not a tokenizer \("):
+        blip.BertTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer \("):
+        blip.BertTokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json: not valid JSON"):
         blip.BertTokenizer(tmp_path)

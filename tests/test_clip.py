@@ -118,8 +118,45 @@ def test_sd3s_single_files(tmp_path, together):
     if together:
         save_file(parts[0] | {prefixes[0] + "text_projection.weight": torch.ones(64, 64)}, files[0])
         assert torch.equal(clip.CLIPText.from_pretrained(files[0], prefix=prefixes[0])(ids)[1], small(ids)[1])
-    with pytest.raises(ValueError, match="key 'text_model.embeddings.token_embedding.weight' is missing; expected a CLIP text"):
+    with pytest.raises(ValueError, match="key 'text_encoders.t5xxl.text_model.*' is missing; expected a CLIP text"):
         clip.CLIPText.from_pretrained(files[0], prefix="text_encoders.t5xxl.")
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_bad_single_files_are_named(tmp_path, device):
+    sizes = dict(vocab_size=99, num_hidden_layers=2, hidden_size=64, num_attention_heads=1, projection_dim=64)
+    tensors, file = single(tiny.fill(clip.CLIPText(clip.TextConfig(**sizes)))), tmp_path / "clips.safetensors"
+    token = "text_model.embeddings.token_embedding.weight"
+    for name, tensor, message in (
+        ("text_projection.weight", None, "is missing"),  # CLIP-L has none; bigG without it would be another model
+        ("text_model.final_layer_norm.bias", None, "is missing"),
+        ("text_model.encoder.layers.1.mlp.fc1.bias", torch.ones(3), r"has shape \[3\]; expected \[2048\]"),
+        (token, torch.ones(99), r"has shape \[99\]; expected a CLIP text encoder"),
+        (token, torch.ones(()), r"has shape \[\]; expected a CLIP text encoder"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", torch.ones(()), r"has shape \[\]; expected a CLIP text encoder"),
+    ):
+        changed = {k: v for k, v in (tensors | {name: tensor}).items() if v is not None}
+        prefix = "text_encoders.clip_g.transformer."
+        save_file({prefix + k: v for k, v in changed.items()}, file)
+        with pytest.raises(ValueError, match=f"{file}: key '{prefix}{name}' {message}"):
+            clip.CLIPText.from_pretrained(file, device=device, prefix=prefix)
+    save_file(tensors | {token: torch.ones(99, 32)}, file)
+    with pytest.raises(ValueError, match=f"{file}: the width 32 does not divide into heads of 64"):
+        clip.CLIPText.from_pretrained(file, device=device)
+
+
+def test_a_number_beside_the_encoder_does_not_widen_it(tmp_path):
+    sizes = dict(vocab_size=99, num_hidden_layers=2, hidden_size=64, num_attention_heads=1, projection_dim=64)
+    tensors = single(clip.CLIPText(clip.TextConfig(**sizes)).half(), projected=False)
+    save_file(tensors | {"logit_scale": torch.ones(())}, tmp_path / "clip_l.safetensors")
+    model = clip.CLIPText.from_pretrained(tmp_path / "clip_l.safetensors")
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+def test_pixels_are_taken_in_the_models_dtype(tmp_path):
+    build().save_pretrained(tmp_path)
+    model, (_, pixels) = clip.CLIP.from_pretrained(tmp_path, torch.bfloat16), tiny.clip_inputs()
+    assert torch.equal(model.encode_image(pixels), model.encode_image(pixels.bfloat16()))
 
 
 # Parameters of the public checkpoints: openai/clip-vit-large-patch14, laion/CLIP-ViT-bigG-14, and SD3's two text encoders.
@@ -167,6 +204,9 @@ def test_bad_files_are_named(tmp_path, device):
     with pytest.raises(ValueError, match="config.json: 'model_type' is 'clip'; expected 'clip_text_model'"):
         clip.CLIPText.from_pretrained(tmp_path, device=device)
     config = json.loads((tmp_path / "config.json").read_text())
+    tiny.write_json(tmp_path / "config.json", config | {"vision_config": "large"})
+    with pytest.raises(ValueError, match="config.json: key 'vision_config' is 'large'; expected a JSON object"):
+        clip.CLIP.from_pretrained(tmp_path, device=device)
     config["text_config"]["hidden_act"] = "relu"
     tiny.write_json(tmp_path / "config.json", config)
     with pytest.raises(ValueError, match="config.json: hidden_act is 'relu'; expected one of quick_gelu, gelu"):

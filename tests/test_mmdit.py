@@ -193,6 +193,22 @@ def test_a_single_file_of_another_family_is_refused_by_name(tmp_path, key, famil
         MMDiT.from_pretrained(file)
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_bad_tensors_of_a_single_file_are_named(tmp_path, prefix):
+    file, sizes = tmp_path / "sd3.safetensors", tiny.MMDIT_STYLES["sd3.5-medium"]
+    tensors = tiny.to_stability(build("sd3.5-medium").state_dict(), sizes["num_layers"], sizes["dual_attention_layers"])
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    for key in tensors:
+        save_file({name: tensor for name, tensor in tensors.items() if name != key}, file)
+        with pytest.raises(ValueError, match=f"{file}: key '{key}' is missing"):
+            MMDiT.from_pretrained(file, device="meta")
+        for shape in ((), (7,), (2, 3, 1, 1)):
+            save_file(tensors | {key: torch.ones(shape)}, file)
+            with pytest.raises(ValueError, match=f"{file}: (key '{key}' has shape|the width 2 does not divide)") as error:
+                MMDiT.from_pretrained(file, device="meta")
+            assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("style", tiny.MMDIT_STYLES)
 def test_gradient_checkpointing_changes_no_bit(style):
     plain, frugal = build(style), build(style)
@@ -216,6 +232,9 @@ def test_gradient_checkpointing_changes_no_bit(style):
             "'_class_name' is 'FluxTransformer2DModel'; expected 'SD3Transformer2DModel'",
         ),
         ({"num_layers": "three"}, "key 'num_layers' is 'three'; expected a positive int"),
+        ({"dual_attention_layers": None}, "dual_attention_layers is None; expected a list of layers"),
+        ({"dual_attention_layers": "01"}, "dual_attention_layers is '01'; expected a list of layers"),
+        ({"out_channels": 0}, "out_channels is 0; expected a positive int or null"),
         ({"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'; expected null or 'rms_norm'"),
         ({"caption_projection_dim": 64}, "caption_projection_dim is 64; expected heads × head dim = 128"),
     ],

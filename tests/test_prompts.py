@@ -80,6 +80,30 @@ def test_a_prompt_of_300_tokens_is_reported_once(folder):
     assert same(condition, longer)  # both keep 75 words in CLIP and 255 in T5
 
 
+def test_only_a_newline_ends_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_bytes("a\u2028b\x85c\r\n\n d \n".encode())
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\n{"prompt": "d"}', encoding="utf-8")
+    assert module.read_prompts(tmp_path / "p.txt") == ["a\u2028b\x85c", "d"]
+    assert module.read_prompts(tmp_path / "p.jsonl") == ["a\u2028b", "d"]
+
+
+def test_half_a_character_is_refused(tmp_path):
+    tiny.clip_tokenizer(tmp_path, "!")
+    for bad in ("a photo \ud83d", None):  # as json.loads makes it of a surrogate without its other half
+        with pytest.raises(ValueError, match=r"the prompt .* is not Unicode text"):
+            PromptTokenizer(tmp_path)(["a photo", bad], 77)
+
+
+def test_an_added_token_of_another_id_is_refused(tmp_path):
+    tiny.clip_tokenizer(tmp_path, "!")
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["added_tokens_decoder"]["526"] = {"content": "<mine>", "special": False}
+    tiny.write_json(file, config)
+    with pytest.raises(ValueError, match="vocab.json: not a tokenizer .token '<mine>' has id 525; expected 526"):
+        PromptTokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     "break_it, message",
     [
@@ -89,6 +113,10 @@ def test_a_prompt_of_300_tokens_is_reported_once(folder):
         (lambda f: (f / "vocab.json").write_text("["), "vocab.json: not valid JSON"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer.json: not a tokenizer \("),
         (lambda f: (f / "tokenizer_config.json").unlink(), "tokenizer_config.json: no such file"),
+        (
+            lambda f: (f / "tokenizer_config.json").write_text('{"padding_side": "left"}'),
+            "tokenizer_config.json: 'padding_side' is 'left'; expected 'right'",
+        ),
     ],
 )
 def test_a_broken_tokenizer_folder_is_named(tmp_path, break_it, message):

@@ -244,6 +244,10 @@ def test_bad_tensors_are_named_before_anything_runs(folder, change, message, str
         ({"dense_act_fn": "gelu"}, "'dense_act_fn' is 'gelu'; expected 'gelu_new'"),
         ({"is_decoder": True}, "'is_decoder' is True; expected False"),
         ({"num_heads": 0}, "key 'num_heads' is 0; expected a positive int"),
+        (
+            {"relative_attention_num_buckets": 3},
+            "relative_attention_num_buckets is 3 and relative_attention_max_distance 128; expected 4 or",
+        ),
         ({"relative_attention_max_distance": 8}, "relative_attention_max_distance 8; expected"),
     ],
 )

@@ -70,7 +70,7 @@ def test_an_index_and_its_shards_must_agree(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     tiny.write_json(index, {"weight_map": content["weight_map"] | {"gone": "model-00001-of-00002.safetensors"}})
-    with pytest.raises(ValueError, match=f"{index}: key 'gone' is listed but in no shard"):
+    with pytest.raises(ValueError, match=f"{index}: key 'gone' is listed but not in model-00001-of-00002.safetensors"):
         weights.Checkpoint(tmp_path)
     tiny.write_json(index, content)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
@@ -78,9 +78,31 @@ def test_an_index_and_its_shards_must_agree(tmp_path):
         FileNotFoundError, match="model-00002-of-00002.safetensors: no such file; model.safetensors.index.json lists it"
     ):
         weights.Checkpoint(tmp_path)
-    tiny.write_json(index, {"weight_map": {}})
-    with pytest.raises(ValueError, match="expected a 'weight_map'"):
-        weights.Checkpoint(tmp_path)
+    for bad in ({}, ["bias"], {"weight": 1, "bias": None}):
+        tiny.write_json(index, {"weight_map": bad})
+        with pytest.raises(ValueError, match="expected a 'weight_map'"):
+            weights.Checkpoint(tmp_path)
+
+
+def test_of_a_key_in_two_shards_the_listed_one_counts(tmp_path):
+    tiny.shards(tmp_path, {"bias": torch.ones(2), "weight": torch.zeros(2, 3)}, "model", count=2)
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    save_file(load_file(shard) | {"bias": torch.zeros(2)}, shard)
+    assert weights.load(linear(), weights.Checkpoint(tmp_path)).bias.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_other_kinds_of_numbers_are_refused(folder, device):
+    file, plain = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    for dtype in (torch.int8, torch.int64, torch.bool):
+        save_file(plain | {"bias": torch.ones(2).to(dtype)}, file)
+        with pytest.raises(ValueError, match=f"{file}: key 'bias' is stored as {dtype}; expected numbers like torch.float32"):
+            weights.load(linear(), weights.Checkpoint(folder), device=device)
+    save_file(plain | {"bias": torch.ones(2).to(torch.float8_e5m2)}, file)
+    with pytest.raises(ValueError, match=f"{file}: key 'bias' is stored as torch.float8_e5m2; expected a dtype to compute in"):
+        weights.load(linear(), weights.Checkpoint(folder), device=device)
+    model = weights.load(linear(), weights.Checkpoint(folder), torch.bfloat16, device)
+    assert model.bias.dtype == torch.bfloat16 and (device or model.bias.tolist() == [1, 1])
 
 
 def test_a_config_is_checked(tmp_path):
@@ -88,12 +110,14 @@ def test_a_config_is_checked(tmp_path):
     class Config:
         width: int
         eps: float = 1e-5
+        act: str = "gelu"
 
     assert weights.parse_config(Config, {"width": 4, "eps": 1, "other": None}, "f") == Config(4, 1)
     for values, message in (({}, "f: key 'width' is missing"), ({"width": -1}, "f: key 'width' is -1; expected a positive int"),
                             ({"width": 2.5}, "f: key 'width' is 2.5"), ({"width": True}, "f: key 'width' is True"),
-                            ({"width": 4, "eps": "x"}, "f: key 'eps' is 'x'; expected a positive float"),
-                            ({"width": 4, "eps": float("nan")}, "f: key 'eps' is nan")):  # fmt: skip
+                            ({"width": 4, "eps": float("nan")}, "f: key 'eps' is nan; expected a positive float"),
+                            ({"width": 4, "act": []}, r"f: key 'act' is \[\]; expected a text"),
+                            ({"width": 4, "eps": "x"}, "f: key 'eps' is 'x'; expected a positive float")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             weights.parse_config(Config, values, "f")
     (tmp_path / "config.json").write_text('{"a": ')
@@ -208,11 +232,12 @@ def test_convert_runs_nothing_from_a_file(tmp_path, monkeypatch, capsys, kind, r
 
 def test_convert_names_a_file_without_tensors_or_damaged(tmp_path):
     file, out = tmp_path / "x.pt", tmp_path / "x.safetensors"
-    sparse = "key 'a' is torch.sparse_coo, torch.float32; a safetensors file cannot hold it"
+    sparse = "key 'a' is torch.sparse_coo, torch.float32, on cpu; a safetensors file cannot hold it"
     for content, message in ((torch.ones(1), "holds a Tensor without named tensors"), ([torch.ones(1)], "holds a list"),
                              ({}, "holds a dict without"), ({"a": 1}, "holds a dict without"), (3, "holds a int"),
                              ({0: torch.ones(1)}, "holds a dict without"), ({"a": torch.eye(2).to_sparse()}, sparse),
-                             ({"a": torch.ones(1).to(torch.complex64)}, "key 'a' is torch.strided")):  # fmt: skip
+                             ({"a": torch.ones(1).to(torch.complex64)}, "key 'a' is torch.strided"),
+                             ({"a": torch.ones(1, device="meta")}, "key 'a' is torch.strided, .*, on meta")):  # fmt: skip
         torch.save(content, file)
         with pytest.raises(ValueError, match=f"{file}: {message}"):
             weights.convert(file, out)

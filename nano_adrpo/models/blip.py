@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from nano_adrpo import weights
+from nano_adrpo.prompt_tokenizer import encode_batch
 
 
 class TowerConfig:
@@ -109,8 +110,8 @@ class BLIP(nn.Module):
         if (kind := values.get("model_type")) != "blip":
             raise ValueError(f"{where}: 'model_type' is {kind!r}; expected 'blip'")
         config = weights.parse_config(Config, values, where)
-        config.text_config = weights.parse_config(TextConfig, values.get("text_config") or {}, where)
-        config.vision_config = weights.parse_config(VisionConfig, values.get("vision_config") or {}, where)
+        config.text_config = weights.parse_config(TextConfig, weights.section(values, "text_config", where), where)
+        config.vision_config = weights.parse_config(VisionConfig, weights.section(values, "vision_config", where), where)
         with torch.device("meta"):
             model = cls(config)
         return weights.load(model, weights.Checkpoint(path), dtype, device, drop_position_ids)
@@ -160,11 +161,10 @@ class ImageReward(nn.Module):
         bert = {} if path.is_file() else weights.read_json(where)
         with torch.device("meta"):
             model = cls(image_reward_config(checkpoint.shapes, path, bert, where))
-        names = {key: name for name, key in image_reward_keys(model).items()}
-        if missing := [key for key in names if key not in checkpoint.home]:
-            raise ValueError(f"{path}: key '{missing[0]}' is missing ({len(missing)} of {len(names)} keys are)")
+        keys = image_reward_keys(model)
+        names = {key: name for name, key in keys.items()}
         used = [key for key in checkpoint.home if key not in IMAGE_REWARD_UNUSED]
-        return weights.load(model, checkpoint, dtype, device, lambda key, read: {names.get(key, key): read()}, used)
+        return weights.load(model, checkpoint, dtype, device, lambda key, read: {names.get(key, key): read()}, used, keys.get)
 
     def save_pretrained(self, path):
         """Writes ImageReward.safetensors and med_config.json under the release's names."""
@@ -334,7 +334,7 @@ def image_reward_config(shapes, path, bert, where):
     vit, text = "blip.visual_encoder.", "blip.text_encoder."
 
     def size(key, axis):
-        if len(shapes.get(key, ())) <= axis:
+        if len(shapes.get(key, ())) <= axis or 0 in shapes[key]:
             found = f"has shape {list(shapes[key])}" if key in shapes else "is missing"
             raise ValueError(f"{path}: key '{key}' {found}; expected ImageReward's layout")
         return shapes[key][axis]
@@ -380,12 +380,10 @@ class BertTokenizer:
             raise FileNotFoundError(f"{path}: no tokenizer.json and no vocab.txt in this folder")
         if where.suffix == ".json":
             weights.read_json(where)  # a damaged file is named
-            self.tokenizer = Tokenizer.from_file(str(where))
-        else:
-            lines = where.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            self.tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(lines)}, unk_token="[UNK]"))
-            self.tokenizer.normalizer = normalizers.BertNormalizer()
-            self.tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        try:
+            self.tokenizer = Tokenizer.from_file(str(where)) if where.suffix == ".json" else word_pieces(where)
+        except Exception as error:  # the tokenizers library raises nothing more specific
+            raise ValueError(f"{where}: not a tokenizer ({error})") from None
         self.pad, cls, sep, unk = (self.tokenizer.token_to_id(f"[{name}]") for name in ("PAD", "CLS", "SEP", "UNK"))
         if None in (self.pad, cls, sep, unk):
             raise ValueError(f"{where}: expected BERT's [PAD], [CLS], [SEP] and [UNK] among the tokens")
@@ -398,10 +396,17 @@ class BertTokenizer:
     def __call__(self, prompts, length=35):
         """B strings -> ids and mask [B, L]: [CLS], pieces, [SEP], padding to the longest. A prompt of more than `length` tokens
         (35 is what ImageReward and its BLIP score cut at) loses pieces before its [SEP]."""
-        rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts))]
+        rows = [encoding.ids for encoding in encode_batch(self.tokenizer, prompts)]
         for i, (prompt, ids) in enumerate(zip(prompts, rows)):
             if len(ids) > length:
                 warnings.warn(f"the prompt {prompt!r} has {len(ids)} tokens and is cut to {length}", stacklevel=2)
                 rows[i] = ids[: length - 1] + ids[-1:]
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=self.pad)
         return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+
+
+def word_pieces(file):
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(lines)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return tokenizer

@@ -99,8 +99,8 @@ class CLIP(nn.Module):
             raise ValueError(f"{where}: 'model_type' is {kind!r}; expected 'clip'")
         config = weights.parse_config(Config, values, where)
         for tower, cls_ in (("text_config", TextConfig), ("vision_config", VisionConfig)):
-            sizes = {**(values.get(tower) or {}), **(values.get(f"{tower}_dict") or {})}  # the _dict of older files wins
-            setattr(config, tower, weights.parse_config(cls_, sizes, where))
+            name = tower if values.get(f"{tower}_dict") is None else f"{tower}_dict"  # of older files, which has the last word
+            setattr(config, tower, weights.parse_config(cls_, weights.section(values, name, where), where))
         with torch.device("meta"):
             model = cls(config)
         return weights.load(model, weights.Checkpoint(path), dtype, device, drop_position_ids)
@@ -143,23 +143,22 @@ class CLIPText(nn.Module):
 
     @classmethod
     def _from_file(cls, checkpoint, dtype, device, prefix):
-        keys = [key for key in checkpoint.home if key.startswith(prefix)]
+        keys = [key for key in checkpoint.home if key.startswith(prefix) and key != f"{prefix}logit_scale"]
         # SD3 takes CLIP-L's pooled output as it is, and its files leave the projection out: here that is the identity.
-        projected = f"{prefix}text_projection.weight" in keys and "clip_l" not in prefix
-        config = file_config({key.removeprefix(prefix): checkpoint.shapes[key] for key in keys}, checkpoint.path, projected)
+        projected = "clip_g" in prefix or f"{prefix}text_projection.weight" in keys and "clip_l" not in prefix
+        keys = [key for key in keys if projected or key != f"{prefix}text_projection.weight"]
+        config = file_config({key: checkpoint.shapes[key] for key in keys}, prefix, checkpoint.path, projected)
         with torch.device("meta"):
             model = cls(config)
 
         def convert(key, read):
             name = key.removeprefix(prefix)
-            if name == "logit_scale" or name == "text_projection.weight" and not projected:
-                return {}
             tensors = drop_position_ids(name, read)
             if name == "text_model.final_layer_norm.bias" and not projected:
                 tensors["text_projection.weight"] = torch.eye(config.hidden_size, device=tensors[name].device)
             return tensors
 
-        return weights.load(model, checkpoint, dtype, device, convert, keys)
+        return weights.load(model, checkpoint, dtype, device, convert, keys, lambda name: prefix + name)
 
     def save_pretrained(self, path):
         """Writes a folder that transformers' CLIPTextModelWithProjection.from_pretrained opens."""
@@ -172,27 +171,33 @@ def drop_position_ids(key, read):
     return {} if key.endswith("embeddings.position_ids") else {key: read()}
 
 
-def file_config(shapes, path, projected):
+def file_config(shapes, prefix, path, projected):
     """The sizes that a single file does not spell out, read off its tensors' shapes. SD3 has two such encoders, both with
     heads of 64: L/14, unprojected and with the quick GELU of OpenAI's CLIP, and bigG, projected and with the exact one."""
-    layers = [int(match[1]) for key in shapes if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", key))]
-    try:
-        vocabulary, dim = shapes["text_model.embeddings.token_embedding.weight"]
-        return TextConfig(
-            hidden_size=dim,
-            intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-            num_hidden_layers=max(layers) + 1,
-            num_attention_heads=dim // 64,
-            projection_dim=shapes["text_projection.weight"][0] if projected else dim,
-            hidden_act="gelu" if projected and dim != 768 else "quick_gelu",
-            vocab_size=vocabulary,
-            max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
-            eos_token_id=2,  # as in SD3's text_encoder/config.json: the highest id
-        )
-    except KeyError as error:
-        raise ValueError(f"{path}: key {error} is missing; expected a CLIP text encoder of SD3's release") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    layer = re.compile(re.escape(prefix) + r"text_model\.encoder\.layers\.(\d+)\.")
+    layers = [int(match[1]) for key in shapes if (match := layer.match(key))]
+
+    def size(name, axis):
+        key = prefix + name
+        if len(shapes.get(key, ())) != 2 or 0 in shapes[key]:
+            found = f"has shape {list(shapes[key])}" if key in shapes else "is missing"
+            raise ValueError(f"{path}: key '{key}' {found}; expected a CLIP text encoder of SD3's release")
+        return shapes[key][axis]
+
+    dim = size("text_model.embeddings.token_embedding.weight", 1)
+    if dim % 64:
+        raise ValueError(f"{path}: the width {dim} does not divide into heads of 64, as in SD3's CLIP text encoders")
+    return TextConfig(
+        hidden_size=dim,
+        intermediate_size=size("text_model.encoder.layers.0.mlp.fc1.weight", 0),
+        num_hidden_layers=max(layers) + 1,
+        num_attention_heads=dim // 64,
+        projection_dim=size("text_projection.weight", 0) if projected else dim,
+        hidden_act="gelu" if projected and dim != 768 else "quick_gelu",
+        vocab_size=size("text_model.embeddings.token_embedding.weight", 0),
+        max_position_embeddings=size("text_model.embeddings.position_embedding.weight", 0),
+        eos_token_id=2,  # as in SD3's text_encoder/config.json: the highest id
+    )
 
 
 class TextTower(nn.Module):
@@ -251,7 +256,7 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixels):
         if pixels.shape[-2:] != (self.size, self.size):
             raise ValueError(f"pixels are {pixels.shape[-2]} × {pixels.shape[-1]}; expected {self.size} × {self.size}")
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, T, D]
+        patches = self.patch_embedding(pixels.to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)  # [B, T, D]
         return torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], dim=1) + self.position_embedding.weight
 
 

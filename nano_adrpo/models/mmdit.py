@@ -36,7 +36,7 @@ class Config:
     sample_size: int = 128  # latent height and width the model was trained at
     patch_size: int = 2
     in_channels: int = 16
-    out_channels: int = 16
+    out_channels: int | None = 16  # None: as in_channels
     num_layers: int = 18
     attention_head_dim: int = 64
     num_attention_heads: int = 18
@@ -48,7 +48,12 @@ class Config:
     qk_norm: str | None = None
 
     def __post_init__(self):
+        if not isinstance(self.dual_attention_layers, (list, tuple)):
+            raise ValueError(f"dual_attention_layers is {self.dual_attention_layers!r}; expected a list of layers")
         self.dual_attention_layers = tuple(self.dual_attention_layers)
+        self.out_channels = self.in_channels if self.out_channels is None else self.out_channels
+        if type(self.out_channels) is not int or self.out_channels <= 0:
+            raise ValueError(f"out_channels is {self.out_channels!r}; expected a positive int or null")
         if self.caption_projection_dim != self.dim:
             raise ValueError(f"caption_projection_dim is {self.caption_projection_dim}; expected heads × head dim = {self.dim}")
         if self.qk_norm not in (None, "rms_norm"):
@@ -115,14 +120,14 @@ class MMDiT(nn.Module):
             refuse_other_families(file.home, path)
             prefix = "model.diffusion_model." if any(key.startswith("model.diffusion_model.") for key in file.home) else ""
             keys = [key for key in file.home if key.startswith(prefix)]
-            config = stability_config({key.removeprefix(prefix): file.shapes[key] for key in keys}, path)
+            config = stability_config({key.removeprefix(prefix): file.shapes[key] for key in keys}, prefix, path)
             with torch.device("meta"):
                 model = cls(config)
 
             def convert(key, read):
                 return from_stability(key.removeprefix(prefix), read, config)
 
-            return weights.load(model, file, dtype, device, convert, keys)
+            return weights.load(model, file, dtype, device, convert, keys, lambda name: prefix + to_stability(name))
         where = path / "config.json"
         values = weights.read_json(where)
         if (name := values.get("_class_name", "SD3Transformer2DModel")) != "SD3Transformer2DModel":
@@ -366,7 +371,7 @@ def from_stability(key, read, config):
     if names is None:
         return {key: read()}
     prefix = f"transformer_blocks.{block[1]}." if block else ""
-    tensor = read()
+    tensor = torch.atleast_1d(read())  # so that a misshapen one can be cut, and is told by its shape
     if isinstance(names, tuple):
         return {f"{prefix}{name}{dot}{kind}": part.clone() for name, part in zip(names, tensor.chunk(3))}
     name = f"{prefix}{names}{dot}{kind}"
@@ -376,28 +381,41 @@ def from_stability(key, read, config):
     return {name: tensor}
 
 
-def stability_config(shapes, path):
+def to_stability(name):
+    """diffusers' name of a tensor -> the key in Stability's file that has it."""
+    stem, dot, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
+    block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", stem)
+    table, stem = (STABILITY_BLOCK, block[2]) if block else (STABILITY, stem)
+    key = next(key for key, ours in table.items() if stem == ours or isinstance(ours, tuple) and stem in ours)
+    return f"joint_blocks.{block[1]}.{key}{dot}{kind}" if block else key + dot + kind
+
+
+def stability_config(shapes, prefix, path):
     """The sizes that Stability's file does not spell out, read off its tensors' shapes; its heads are always 64 wide."""
     layers = {int(match[1]) for key in shapes if (match := re.match(r"joint_blocks\.(\d+)\.", key))}
     dual = {int(match[1]) for key in shapes if (match := re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", key))}
-    try:
-        dim, channels, patch, _ = shapes["x_embedder.proj.weight"]
-        side = math.isqrt(shapes["pos_embed"][1])
-        return Config(
-            sample_size=min(128, side * patch),  # 128 (1024 px) in every release, of which nothing in the file tells
-            patch_size=patch,
-            in_channels=channels,
-            out_channels=shapes["final_layer.linear.weight"][0] // patch**2,
-            num_layers=max(layers, default=0) + 1,
-            num_attention_heads=dim // 64,
-            joint_attention_dim=shapes["context_embedder.weight"][1],
-            pooled_projection_dim=shapes["y_embedder.mlp.0.weight"][1],
-            caption_projection_dim=shapes["context_embedder.weight"][0],
-            pos_embed_max_size=side,
-            dual_attention_layers=sorted(dual),
-            qk_norm="rms_norm" if any(".ln_q." in key for key in shapes) else None,
-        )
-    except KeyError as error:
-        raise ValueError(f"{path}: key {error} is missing; expected Stability's SD3 or SD3.5 layout") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+
+    def size(key, axis, rank=2):
+        if len(shapes.get(key, ())) != rank or 0 in shapes[key]:
+            found = f"has shape {list(shapes[key])}" if key in shapes else "is missing"
+            raise ValueError(f"{path}: key '{prefix}{key}' {found}; expected Stability's SD3 or SD3.5 layout")
+        return shapes[key][axis]
+
+    dim, channels, patch = (size("x_embedder.proj.weight", axis, 4) for axis in range(3))
+    if dim % 64:
+        raise ValueError(f"{path}: the width {dim} does not divide into heads of 64, as in SD3 and SD3.5")
+    side = math.isqrt(size("pos_embed", 1, 3))
+    return Config(
+        sample_size=min(128, side * patch),  # 128 (1024 px) in every release, of which nothing in the file tells
+        patch_size=patch,
+        in_channels=channels,
+        out_channels=max(1, size("final_layer.linear.weight", 0) // patch**2),
+        num_layers=max(layers, default=0) + 1,
+        num_attention_heads=dim // 64,
+        joint_attention_dim=size("context_embedder.weight", 1),
+        pooled_projection_dim=size("y_embedder.mlp.0.weight", 1),
+        caption_projection_dim=dim,
+        pos_embed_max_size=side,
+        dual_attention_layers=sorted(dual),
+        qk_norm="rms_norm" if any(".ln_q." in key for key in shapes) else None,
+    )

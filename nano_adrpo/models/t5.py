@@ -55,10 +55,10 @@ class Config:
 
     def __post_init__(self):
         buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if buckets % 4 or farthest <= buckets // 4:
+        if buckets < 4 or farthest <= buckets // 4:
             raise ValueError(
-                f"relative_attention_num_buckets is {buckets} and relative_attention_max_distance {farthest}; expected a "
-                "multiple of 4, and a distance of more than a quarter of it"
+                f"relative_attention_num_buckets is {buckets} and relative_attention_max_distance {farthest}; expected 4 or "
+                "more, and a distance of more than a quarter of it"
             )
 
 
@@ -121,13 +121,10 @@ class T5Encoder(nn.Module):
         keys = encoder_keys(checkpoint.home, prefix)
         if path.is_file():
             config = sizes({name: checkpoint.shapes[key] for key, name in keys.items()}, prefix, path)
-        for key in keys:
-            if dtype is None and checkpoint.dtypes[key] in (torch.float8_e4m3fn, torch.float8_e5m2):
-                where = f"{checkpoint.home[key]}: key '{key}' is stored as {checkpoint.dtypes[key]}"
-                raise ValueError(f"{where}; expected a dtype to compute in")
         with torch.device("meta"):
             model = cls(config)
-        weights.load(model, checkpoint, dtype, "meta" if stream else device, lambda key, read: {keys[key]: read()}, keys)
+        where = "meta" if stream else device
+        weights.load(model, checkpoint, dtype, where, lambda key, read: {keys[key]: read()}, keys, lambda name: prefix + name)
         if stream:
             home, dtype = {name: key for key, name in keys.items()}, model.shared.weight.dtype
             model.read = lambda name: checkpoint.read(home[name], device).to(dtype)
@@ -200,9 +197,9 @@ class RMSNorm(nn.Module):
 def buckets(length, config):
     """The rows of the table for query i and key j: [length, length].
 
-    Half the rows are for keys behind the query, half for those before it or at it. Of each half the first half are the
-    distances 0, 1, 2, …, and the rest divide the way to max_distance evenly in the distance's logarithm; what is farther shares
-    the last. (Raffel et al. 2020, section 2.1, as in their code.)
+    Half the rows are for keys behind the query, half for those before it or at it. Of each half the first half (rounded down)
+    are the distances 0, 1, 2, …, and the rest divide the way to max_distance evenly in the distance's logarithm; what is
+    farther shares the last. (Raffel et al. 2020, section 2.1, as in their code.)
     """
     half = config.relative_attention_num_buckets // 2
     exact, farthest = half // 2, config.relative_attention_max_distance

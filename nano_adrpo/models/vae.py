@@ -130,7 +130,7 @@ class Autoencoder(nn.Module):
                     family = "FLUX" if "double_blocks." in key else "SD1 or SDXL"
                     raise ValueError(f"{path}: key '{key}' is of {family}; expected SD3's autoencoder")
             keys = [key for key in checkpoint.home if key.startswith(prefix)]
-            config = stability_config({key.removeprefix(prefix): checkpoint.shapes[key] for key in keys}, path)
+            config = stability_config({key.removeprefix(prefix): checkpoint.shapes[key] for key in keys}, prefix, path)
         else:
             where = path / "config.json"
             values = weights.read_json(where)
@@ -151,7 +151,7 @@ class Autoencoder(nn.Module):
             # Stability has attention's linear layers as 1 × 1 convolutions, [D, D, 1, 1].
             return {name: tensor.flatten(1) if name and ".attentions." in name and tensor.dim() == 4 else tensor}
 
-        return weights.load(model, checkpoint, dtype, device, convert, keys)
+        return weights.load(model, checkpoint, dtype, device, convert, keys, lambda name: prefix + to_stability(name, config))
 
     def save_pretrained(self, path):
         """Writes a folder that diffusers' AutoencoderKL.from_pretrained opens."""
@@ -316,14 +316,14 @@ def to_stability(name, config):
     return name
 
 
-def stability_config(shapes, path):
+def stability_config(shapes, prefix, path):
     """The sizes that Stability's file does not spell out, read off its tensors' shapes. Its groups are always 32; scale and
     shift are in no file but in Stability's code (sd3_impls.py, SD3LatentFormat)."""
 
     def size(key, axis):
         if len(shapes.get(key, ())) != 4:
             problem = "is no convolution" if key in shapes else "is missing"
-            raise ValueError(f"key '{key}' {problem}; expected Stability's layout of SD3's autoencoder")
+            raise ValueError(f"key '{prefix}{key}' {problem}; expected Stability's layout of SD3's autoencoder")
         return shapes[key][axis]
 
     def count(pattern):
@@ -331,7 +331,7 @@ def stability_config(shapes, path):
 
     try:
         if (channels := size("decoder.conv_in.weight", 1)) != 16:
-            raise ValueError(f"key 'decoder.conv_in.weight' is for {channels} latent channels; expected SD3's 16")
+            raise ValueError(f"key '{prefix}decoder.conv_in.weight' is for {channels} latent channels; expected SD3's 16")
         stages = count(r"encoder\.down\.(\d+)\.")
         return Config(
             in_channels=size("encoder.conv_in.weight", 1),

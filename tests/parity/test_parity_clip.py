@@ -1,5 +1,7 @@
 """Our CLIP against transformers', both ways (extra `parity`)."""
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -51,6 +53,19 @@ def test_what_we_save_loads_there(tmp_path):
     again = CLIPModel.from_pretrained(tmp_path / "ours").eval()
     assert (again.get_text_features(ids).pooler_output - ours.encode_text(ids)).abs().max() < 1e-5
     assert (again.get_image_features(pixels).pooler_output - ours.encode_image(pixels)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_the_dict_of_older_files_has_the_last_word(tmp_path):
+    # `text_config_dict` and the defaults count, whatever `text_config` says: eos_token_id is 49407, and none is in the text.
+    theirs("openai").save_pretrained(tmp_path)
+    where = tmp_path / "config.json"
+    config = json.loads(where.read_text())
+    older = {f"{tower}_config_dict": sizes for tower, sizes in (("text", tiny.CLIP_TEXT), ("vision", tiny.CLIP_VISION))}
+    where.write_text(json.dumps(config | older | {"text_config": config["text_config"] | {"layer_norm_eps": 0.1}}))
+    model, ours, (ids, pixels) = CLIPModel.from_pretrained(tmp_path).eval(), CLIP.from_pretrained(tmp_path), tiny.clip_inputs()
+    assert (ours.encode_text(ids) - model.get_text_features(ids).pooler_output).abs().max() < 1e-5
+    assert (ours.encode_image(pixels) - model.get_image_features(pixels).pooler_output).abs().max() < 1e-5
 
 
 L14 = (

@@ -44,6 +44,30 @@ def test_outputs_agree(tmp_path, style, size, sharded):
     assert (outputs(MMDiT.from_pretrained(tmp_path), size) - outputs(model, size)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(num_layers=1, dual_attention_layers=(0,), qk_norm="rms_norm"),
+        dict(attention_head_dim=24, num_attention_heads=3, caption_projection_dim=72, dual_attention_layers=(2, 99)),
+        dict(patch_size=1, sample_size=7, in_channels=3, out_channels=8, pos_embed_max_size=20),
+        dict(in_channels=4, out_channels=None),
+    ],
+    ids=["one block", "heads of 24", "patches of 1", "as many channels out as in"],
+)
+def test_other_sizes_agree(tmp_path, change):
+    model = tiny.fill(SD3Transformer2DModel(**{**tiny.MMDIT, "in_channels": 4, **change}))
+    model.save_pretrained(tmp_path / "theirs")
+    ours = MMDiT.from_pretrained(tmp_path / "theirs")
+    latents, sigma, context, pooled = tiny.mmdit_inputs()
+    latents = latents[:, : model.config.in_channels]
+    ours.save_pretrained(tmp_path / "ours")
+    again = SD3Transformer2DModel.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        output = ours(latents, sigma, context, pooled)
+        for each in (model, again):
+            assert (output - each(latents, context, pooled, 1000 * sigma).sample).abs().max() < 1e-5
+
+
 def test_outputs_agree_in_bfloat16(tmp_path):
     theirs("sd3.5-medium").save_pretrained(tmp_path)
     latents, sigma, context, pooled = (x.bfloat16() for x in tiny.mmdit_inputs())

@@ -89,6 +89,30 @@ def test_clip_tokens_agree(tmp_path, pad, form):
     assert again.pad_token == pad and again(tiny.AWKWARD).input_ids == theirs(tiny.AWKWARD).input_ids
 
 
+@pytest.mark.parametrize("form", ["defaults", "added", "old-added", "additional"])
+def test_folders_with_fewer_and_more_tokens_agree(tmp_path, form):
+    tiny.clip_tokenizer(tmp_path, "!")
+    (tmp_path / "special_tokens_map.json").unlink()
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    decoder = config.pop("added_tokens_decoder")
+    mine = dict(content="<mine>", lstrip=False, normalized=True, rstrip=True, single_word=False, special=False)
+    two = {"526": mine | {"content": "the ring"}, "525": mine}
+    config = {
+        "defaults": {},
+        "added": config | {"added_tokens_decoder": two | decoder},
+        "old-added": config,
+        "additional": config | {"additional_special_tokens": ["<mine>", "the</w>"]},
+    }[form]
+    tiny.write_json(file, config)
+    if form == "old-added":
+        tiny.write_json(tmp_path / "added_tokens.json", {"the ring": 526, "<mine>": 525})
+    ours, theirs = PromptTokenizer(tmp_path), CLIPTokenizer.from_pretrained(tmp_path)
+    for text in (*tiny.AWKWARD[:-3], "the one <mine>  the ring!", "<MINE>a<mine>the</w> the Ring"):
+        expected = theirs(text, padding="max_length", max_length=200).input_ids
+        assert ours([text], 200).tolist() == [expected], text
+
+
 @pytest.mark.filterwarnings("ignore:the prompt")
 def test_t5_tokens_agree(tmp_path):
     tiny.t5_tokenizer(tmp_path)

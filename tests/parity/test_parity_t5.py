@@ -36,8 +36,9 @@ def test_outputs_agree(tmp_path, heads, width, size):
         assert difference(streamed, model, length) < 1e-5
 
 
-def test_other_buckets_agree(tmp_path):
-    model = theirs(relative_attention_num_buckets=12, relative_attention_max_distance=30, layer_norm_epsilon=1e-3)
+@pytest.mark.parametrize("count", [4, 6, 12, 33])
+def test_other_buckets_agree(tmp_path, count):
+    model = theirs(relative_attention_num_buckets=count, relative_attention_max_distance=30, layer_norm_epsilon=1e-3)
     model.save_pretrained(tmp_path)
     assert difference(T5Encoder.from_pretrained(tmp_path), model, 60) < 1e-5
 

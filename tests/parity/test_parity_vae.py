@@ -81,6 +81,14 @@ def test_what_we_save_loads_there(tmp_path, style):
     assert max(errors(model, again)) < 1e-5
 
 
+def test_what_we_save_over_shards_loads_there(tmp_path):
+    build(tiny.VAE, seed=1).save_pretrained(tmp_path, max_shard_size="100kB")
+    model = tiny.fill(Autoencoder(Config(**tiny.VAE)), seed=3, std=0.1)
+    model.save_pretrained(tmp_path)
+    assert max(errors(model, AutoencoderKL.from_pretrained(tmp_path))) < 1e-5
+    assert max(errors(Autoencoder.from_pretrained(tmp_path), AutoencoderKL.from_pretrained(tmp_path))) < 1e-5
+
+
 def test_gradients_agree(tmp_path):
     model = build(tiny.VAE)
     model.save_pretrained(tmp_path)
