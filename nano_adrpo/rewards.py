@@ -10,10 +10,9 @@ float32; higher is better.
 | blip_itm | the probability, by BLIP's cross-attention, that the prompt describes the image | blip-itm-base-coco |
 | image_reward | a score of people's preferences on BLIP (Xu et al. 2023, 2304.05977) | ImageReward |
 
-A folder is what the public release is: transformers' layout with the tokenizer's files and preprocessor_config.json (those of
-CLIP-ViT-H-14-laion2B-s32B-b79K are PickScore_v1's too), for aesthetic with aesthetic.safetensors in it, and for image_reward
-ImageReward.safetensors, med_config.json and bert-base-uncased's vocab.txt or tokenizer.json. The two that are released as
-pickles are converted once:
+A folder is what the public release is: transformers' layout with the tokenizer's files and preprocessor_config.json; for
+aesthetic with aesthetic.safetensors in it, and for image_reward ImageReward.safetensors, med_config.json and bert-base-uncased's
+vocab.txt or tokenizer.json. The two that are released as pickles are converted once:
 
     python -m nano_adrpo.weights convert sac+logos+ava1-l14-linearMSE.pth clip-vit-large-patch14/aesthetic.safetensors
     python -m nano_adrpo.weights convert ImageReward.pt ImageReward/ImageReward.safetensors

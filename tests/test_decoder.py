@@ -592,7 +592,7 @@ BAD_CONFIGS = [
     ({"head_dim": 0}, "key 'head_dim' is 0"),
     ({"model_type": ["qwen3"]}, r"'model_type' is \['qwen3'\]; expected one of"),
     ({"architectures": 5}, r"'architectures' is 5; expected \['Qwen3ForCausalLM'\]"),
-    ({"hidden_act": ["silu"]}, r"hidden_act is \['silu'\]; expected one of"),
+    ({"hidden_act": ["silu"]}, r"'hidden_act' is \['silu'\]; expected a text"),
     ({"layer_types": 2}, "'layer_types' is 2; attention within a sliding window"),
     ({"layer_types": [["full_attention"]]}, "'layer_types' is "),
     ({"use_sliding_window": True, "max_window_layers": "2"}, "'use_sliding_window' is True"),

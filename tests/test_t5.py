@@ -284,13 +284,13 @@ FIRST = "encoder.block.0.layer"
     "name, shape, message",
     [
         (f"{FIRST}.0.SelfAttention.relative_attention_bias.weight", (32, 3), "shape [32, 3]; expected a column per head"),
-        (f"{FIRST}.0.SelfAttention.relative_attention_bias.weight", (64,), "shape [64]; expected a matrix"),
+        (f"{FIRST}.0.SelfAttention.relative_attention_bias.weight", (64,), "shape [64]; expected the encoder of T5"),
         (f"{FIRST}.0.SelfAttention.relative_attention_bias.weight", None, "is missing; expected the encoder of T5"),
         (f"{FIRST}.0.SelfAttention.k.weight", (10, 11), "shape [10, 11]; expected [10, 12]"),
         (f"{FIRST}.1.DenseReluDense.wi_0.weight", None, "is missing; expected the encoder of T5"),  # as in T5 1.0
         ("encoder.block.1.layer.1.DenseReluDense.wo.weight", (12, 19), "shape [12, 19]; expected [12, 20]"),
         ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight", (32, 2), "is not part"),  # as in umT5
-        ("shared.weight", (), "shape []; expected a matrix"),
+        ("shared.weight", (), "shape []; expected the encoder of T5"),
         ("scaled_fp8", (2,), "is not part of T5Encoder"),
     ],
 )

@@ -356,7 +356,7 @@ def test_bad_tensors_are_named(folder, device):
         ({"post_quant_conv.bias": torch.zeros(16)}, "key '{}post_quant_conv.bias' is of SD1 or SDXL; expected SD3's"),
         ({"decoder.conv_in.weight": torch.zeros(64, 4, 3, 3)}, "'{}decoder.conv_in.weight' is for 4 latent channels; expected"),
         ({"decoder.conv_in.weight": None}, "'{}decoder.conv_in.weight' is missing; expected Stability's layout"),
-        ({"encoder.conv_in.weight": torch.zeros(32)}, "'{}encoder.conv_in.weight' is no convolution; expected Stability's"),
+        ({"encoder.conv_in.weight": torch.zeros(32)}, "'{}encoder.conv_in.weight' has shape [32]; expected Stability's"),
         ({"encoder.down.1.block.0.conv1.weight": torch.zeros(48, 32, 3, 3)}, "[32, 48]; expected a list of multiples of"),
         ({"decoder.up.0.block.1.norm2.bias": None}, "key '{}decoder.up.0.block.1.norm2.bias' is missing (1 of"),
         ({"encoder.mid.attn_1.k.weight": torch.zeros(64, 64, 3, 3)}, "key '{}encoder.mid.attn_1.k.weight' has shape [64, 576]"),

@@ -15,6 +15,7 @@ transformers' port leaves out: for that, put it into ids[:, 0] yourself.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import warnings
@@ -332,12 +333,7 @@ def image_reward_config(shapes, path, bert, where):
     """The sizes: med_config.json's (`bert`, read from `where`) as far as it gives them, the rest from the shapes of the file's
     tensors. Heads are 64 wide where only shapes tell: so they are in the ViT and the BERT of every public BLIP."""
     vit, text = "blip.visual_encoder.", "blip.text_encoder."
-
-    def size(key, axis):
-        if len(shapes.get(key, ())) <= axis or 0 in shapes[key]:
-            found = f"has shape {list(shapes[key])}" if key in shapes else "is missing"
-            raise ValueError(f"{path}: key '{key}' {found}; expected ImageReward's layout")
-        return shapes[key][axis]
+    size = functools.partial(weights.size, shapes, path, "ImageReward's layout", "")
 
     def heads(width):
         if width % 64:
@@ -347,13 +343,13 @@ def image_reward_config(shapes, path, bert, where):
     def count(pattern):
         return 1 + max((int(match[1]) for key in shapes if (match := re.match(pattern, key))), default=0)
 
-    width, patch = size(f"{vit}patch_embed.proj.weight", 0), size(f"{vit}patch_embed.proj.weight", 2)
+    width, patch = size(f"{vit}patch_embed.proj.weight", 0, 4), size(f"{vit}patch_embed.proj.weight", 2, 4)
     vision_config = VisionConfig(
         hidden_size=width,
         intermediate_size=size(f"{vit}blocks.0.mlp.fc1.weight", 0),
         num_hidden_layers=count(r"blip\.visual_encoder\.blocks\.(\d+)\."),
         num_attention_heads=heads(width),
-        image_size=patch * math.isqrt(size(f"{vit}pos_embed", 1) - 1),
+        image_size=patch * math.isqrt(size(f"{vit}pos_embed", 1, 3) - 1),
         patch_size=patch,
         layer_norm_eps=1e-6,
     )

@@ -9,6 +9,7 @@ Module names are transformers' (CLIPModel, CLIPTextModelWithProjection); its fol
 """
 
 import dataclasses
+import functools
 import re
 from dataclasses import field
 from pathlib import Path
@@ -147,7 +148,9 @@ class CLIPText(nn.Module):
         # SD3 takes CLIP-L's pooled output as it is, and its files leave the projection out: here that is the identity.
         projected = "clip_g" in prefix or f"{prefix}text_projection.weight" in keys and "clip_l" not in prefix
         keys = [key for key in keys if projected or key != f"{prefix}text_projection.weight"]
-        config = file_config({key: checkpoint.shapes[key] for key in keys}, prefix, checkpoint.path, projected)
+        config = file_config(
+            {key.removeprefix(prefix): checkpoint.shapes[key] for key in keys}, prefix, checkpoint.path, projected
+        )
         with torch.device("meta"):
             model = cls(config)
 
@@ -174,16 +177,8 @@ def drop_position_ids(key, read):
 def file_config(shapes, prefix, path, projected):
     """The sizes that a single file does not spell out, read off its tensors' shapes. SD3 has two such encoders, both with
     heads of 64: L/14, unprojected and with the quick GELU of OpenAI's CLIP, and bigG, projected and with the exact one."""
-    layer = re.compile(re.escape(prefix) + r"text_model\.encoder\.layers\.(\d+)\.")
-    layers = [int(match[1]) for key in shapes if (match := layer.match(key))]
-
-    def size(name, axis):
-        key = prefix + name
-        if len(shapes.get(key, ())) != 2 or 0 in shapes[key]:
-            found = f"has shape {list(shapes[key])}" if key in shapes else "is missing"
-            raise ValueError(f"{path}: key '{key}' {found}; expected a CLIP text encoder of SD3's release")
-        return shapes[key][axis]
-
+    layers = [int(match[1]) for name in shapes if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))]
+    size = functools.partial(weights.size, shapes, path, "a CLIP text encoder of SD3's release", prefix)
     dim = size("text_model.embeddings.token_embedding.weight", 1)
     if dim % 64:
         raise ValueError(f"{path}: the width {dim} does not divide into heads of 64, as in SD3's CLIP text encoders")

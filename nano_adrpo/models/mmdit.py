@@ -14,6 +14,7 @@ their layers. `STABILITY` below maps the other public layout, Stability's single
 """
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -394,13 +395,7 @@ def stability_config(shapes, prefix, path):
     """The sizes that Stability's file does not spell out, read off its tensors' shapes; its heads are always 64 wide."""
     layers = {int(match[1]) for key in shapes if (match := re.match(r"joint_blocks\.(\d+)\.", key))}
     dual = {int(match[1]) for key in shapes if (match := re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", key))}
-
-    def size(key, axis, rank=2):
-        if len(shapes.get(key, ())) != rank or 0 in shapes[key]:
-            found = f"has shape {list(shapes[key])}" if key in shapes else "is missing"
-            raise ValueError(f"{path}: key '{prefix}{key}' {found}; expected Stability's SD3 or SD3.5 layout")
-        return shapes[key][axis]
-
+    size = functools.partial(weights.size, shapes, path, "Stability's SD3 or SD3.5 layout", prefix)
     dim, channels, patch = (size("x_embedder.proj.weight", axis, 4) for axis in range(3))
     if dim % 64:
         raise ValueError(f"{path}: the width {dim} does not divide into heads of 64, as in SD3 and SD3.5")

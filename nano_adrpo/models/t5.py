@@ -13,6 +13,7 @@ numbers exceed 65,504. transformers does the same by keeping `wo` in float32; it
 """
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -224,13 +225,7 @@ def sizes(shapes, prefix, path):
     """The sizes that a single file does not spell out, read off its tensors' shapes {name in the model: shape}. The table of
     distances has a column per head, which gives d_kv (64 in every public T5)."""
 
-    def size(name, axis):
-        if name not in shapes:
-            raise ValueError(f"{path}: key '{prefix}{name}' is missing; expected the encoder of T5 version 1.1")
-        if len(shapes[name]) != 2 or 0 in shapes[name]:
-            raise ValueError(f"{path}: key '{prefix}{name}' has shape {list(shapes[name])}; expected a matrix")
-        return shapes[name][axis]
-
+    size = functools.partial(weights.size, shapes, path, "the encoder of T5 version 1.1", prefix)
     first, table = "encoder.block.0.layer", f"{TABLE}.weight"
     inner, heads = size(f"{first}.0.SelfAttention.q.weight", 0), size(table, 1)
     if inner % heads:

@@ -11,6 +11,7 @@ layout, Stability's single file. The autoencoders of SD1 and SDXL (4 channels, w
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections import OrderedDict
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nano_adrpo import weights
+from nano_adrpo import runtime, weights
 
 STEM = "diffusion_pytorch_model"  # what diffusers calls the weight file
 
@@ -319,29 +320,23 @@ def to_stability(name, config):
 def stability_config(shapes, prefix, path):
     """The sizes that Stability's file does not spell out, read off its tensors' shapes. Its groups are always 32; scale and
     shift are in no file but in Stability's code (sd3_impls.py, SD3LatentFormat)."""
-
-    def size(key, axis):
-        if len(shapes.get(key, ())) != 4:
-            problem = "is no convolution" if key in shapes else "is missing"
-            raise ValueError(f"key '{prefix}{key}' {problem}; expected Stability's layout of SD3's autoencoder")
-        return shapes[key][axis]
+    size = functools.partial(weights.size, shapes, path, "Stability's layout of SD3's autoencoder", prefix, rank=4)
 
     def count(pattern):
         return 1 + max((int(match[1]) for key in shapes if (match := re.match(pattern, key))), default=0)
 
-    try:
-        if (channels := size("decoder.conv_in.weight", 1)) != 16:
-            raise ValueError(f"key '{prefix}decoder.conv_in.weight' is for {channels} latent channels; expected SD3's 16")
-        stages = count(r"encoder\.down\.(\d+)\.")
+    if (channels := size("decoder.conv_in.weight", 1)) != 16:
+        raise ValueError(f"{path}: key '{prefix}decoder.conv_in.weight' is for {channels} latent channels; expected SD3's 16")
+    stages = count(r"encoder\.down\.(\d+)\.")
+    widths = [size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(stages)]
+    with runtime.about(path):
         return Config(
             in_channels=size("encoder.conv_in.weight", 1),
             out_channels=size("decoder.conv_out.weight", 0),
             latent_channels=channels,
-            block_out_channels=[size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(stages)],
+            block_out_channels=widths,
             layers_per_block=count(r"encoder\.down\.0\.block\.(\d+)\."),
             scaling_factor=1.5305,
             shift_factor=0.0609,
             sample_size=1024,
         )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
