@@ -233,8 +233,8 @@ def parse_config(cls, values, where):
 
 
 def size(shapes, path, layout, prefix, name, axis, rank=2):
-    """How long one axis of a tensor is, where a single file's sizes stand in no config.json: shapes {name: shape}. Raises ValueError
-    naming the file and its key, prefix + name, for a tensor that `layout` has and the file has not, or of another rank."""
+    """The length of one axis of a tensor, where a single file's sizes stand in no config.json: shapes {name: shape}. Raises
+    ValueError naming file and key, prefix + name, for a tensor that `layout` has and the file has not, or of another rank."""
     if len(shapes.get(name, ())) != rank or 0 in shapes[name]:
         found = f"has shape {list(shapes[name])}" if name in shapes else "is missing"
         raise ValueError(f"{path}: key '{prefix}{name}' {found}; expected {layout}")
