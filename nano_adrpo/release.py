@@ -51,7 +51,9 @@ class Release:
         return next((folder / part for folder in self.folders if (folder / part).is_dir()), None)
 
     def expects(self, part):
-        """Whether the model has `part`, here or missing. A single file is SD3's, which has them all."""
+        """Whether the model has `part`, here or missing. A single file is SD3's, which has them all, whatever its base lists."""
+        if self.keys and self.find(part) == self.path:
+            return True
         if part in self.index:
             return self.index[part] not in (None, [None, None])
         return bool(self.keys) or self.find(part) is not None
