@@ -66,18 +66,24 @@ def is_decoder(path):
     return config.is_file() and weights.read_json(config).get("model_type") in DEFAULTS
 
 
+def open_model(args, dtype, device):
+    """-> the model without its text encoders, and the shape [C, H, W] of its latents."""
+    model = TextToImage.from_pretrained(args.model, dtype, device, args.base, encoders=False)
+    if args.adapter:
+        lora.load(model.transformer, args.adapter)
+    with runtime.about("--resolution"):
+        return model, model.latent_shape_at(args.resolution) if args.resolution else model.latent_shape
+
+
 @torch.no_grad()
 def draw_images(args, texts):
     """-> images [P · count, C, H, W] in [−1, 1], those of one prompt contiguous, on the CPU."""
     dtype = runtime.DTYPES[args.dtype] if args.dtype else None
+    shape = open_model(args, dtype, "meta")[1]  # what does not fit is told from the headers, before the prompts are encoded
     encoder = prompts.PromptEncoder.from_pretrained(args.model, dtype, args.device, args.base, args.t5)
     condition = encoder.encode([*texts, args.negative_prompt], device="cpu")
     del encoder  # it has gone before the transformer comes
-    model = TextToImage.from_pretrained(args.model, dtype, args.device, args.base, encoders=False)
-    if args.adapter:
-        lora.load(model.transformer, args.adapter)
-    with runtime.about("--resolution"):
-        shape = model.latent_shape_at(args.resolution) if args.resolution else model.latent_shape
+    model, _ = open_model(args, dtype, args.device)
     rows = torch.arange(len(texts)).repeat_interleave(args.count)
     noise = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(args.seed))
     times, drawn = model.times(args.steps, args.shift), []

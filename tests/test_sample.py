@@ -165,6 +165,15 @@ def test_an_adapter_of_another_model_is_named(tmp_path, sd3):
         run("--model", BASE, "--prompt", "a", "--adapter", adapter, "--out", tmp_path / "x.png")
 
 
+def test_what_does_not_fit_is_told_before_prompts_are_encoded(tmp_path, sd3, monkeypatch):
+    adapter = write_adapter(TextToImage.from_pretrained(BASE, encoders=False).transformer, ["to_q"], tmp_path / "adapter")
+    monkeypatch.setattr(sample.prompts.PromptEncoder, "from_pretrained", lambda *_: pytest.fail("an encoder was loaded"))
+    changes = {"resolution 40: expected a multiple of 16": ["--resolution", 40], "has shape": ["--adapter", adapter]}
+    for message, options in changes.items():
+        with pytest.raises(ValueError, match=message):
+            run("--model", sd3, "--prompt", "a cat", *options, "--out", tmp_path / "x.png")
+
+
 def test_kinds_of_models_are_told_apart(tmp_path):
     assert sample.is_decoder(ADDER) and not sample.is_decoder(BASE) and not sample.is_decoder(tmp_path)
     shutil.copytree(digits.HERE / "clip", tmp_path / "clip")
