@@ -270,6 +270,11 @@ def test_a_single_file_without_a_part_says_which(folder, tmp_path):
     save_file({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, tmp_path / "flux.safetensors")
     with pytest.raises(ValueError, match="flux.safetensors: this is a FLUX checkpoint"):
         TextToImage.from_pretrained(tmp_path / "flux.safetensors", base=folder)
+    save_file({}, tmp_path / "empty.safetensors")  # whose transformer is not the base's
+    with pytest.raises(
+        ValueError, match="empty.safetensors: key 'x_embedder.proj.weight' is missing; expected Stability's SD3"
+    ):
+        TextToImage.from_pretrained(tmp_path / "empty.safetensors", base=folder)
 
 
 def test_a_trained_transformer_alone_is_completed_by_its_base(sd3, folder, tmp_path):
