@@ -51,7 +51,7 @@ def parse(argv=None):
     add = parser.add_argument_group("both").add_argument
     add("--count", type=positive(int), default=1, help="samples of each prompt")
     add("--batch", type=positive(int), default=8, help="samples at a time")
-    add("--seed", type=int, default=0, help="of noise and tokens")
+    add("--seed", type=runtime.seed, default=0, help="of noise and tokens")
     add("--device", type=runtime.device, default="cpu", help="torch device")
     add("--dtype", choices=tuple(runtime.DTYPES), help="of weights and computation; default the file's")
     args = parser.parse_args(argv)
@@ -134,7 +134,7 @@ def main(argv=None):
     if out.suffix == ".png":
         if out.exists():
             raise ValueError(f"--out {out}: the file exists; expected a new one")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        runtime.make_folder(out.parent, out)
         images.write_png(out, images.grid(draw_images(args, texts), columns=args.count))
         return
     runtime.open_run_folder(out)

@@ -131,6 +131,11 @@ def test_text_is_the_decoders(capsys, tmp_path):
         (["--model", BASE, "--prompts", "nowhere", "--out", "x.png"], "nowhere: no such file"),
         (["--model", BASE, "--prompt", "a", "--resolution", 9, "--out", "x.png"], "resolution 9: expected a multiple of 2"),
         (["--model", BASE, "--prompt", "a", "--adapter", "nowhere", "--out", "x.png"], "adapter_config.json: no such file"),
+        (
+            ["--model", BASE, "--prompt", "a", "--seed", 2**64, "--out", "x.png"],
+            "argument --seed: 18446744073709551616 is not a",
+        ),
+        (["--model", BASE, "--prompt", "a", "--out", f"{__file__}/x.png"], "x.png: cannot write there (File exists)"),
         (["--model", ADDER, "--prompt", "a", "--out", "x"], "--out x: expected none, since --model writes text"),
         (
             ["--model", ADDER, "--prompt", "a", "--max-new-tokens", 64],
