@@ -192,9 +192,9 @@ def cached(file, prompts, path, dtype=None, device=None, base=None, t5="load", t
 def fingerprint(release, settings):
     """SHA-256 as 32 bytes of the settings and of all that the encoders are: small files as they are, weight files by header,
     size and time of change, since hashing 11 GB would take as long as loading them."""
-    parts = [part for part in PARTS if part.startswith(("text_encoder", "tokenizer"))]
+    config, parts = release.transformer_config(), [part for part in PARTS if part.startswith(("text_encoder", "tokenizer"))]
     listed = [(release.expects(part), part in release.index) for part in parts]  # T5 may be there, zeros, or no tokens at all
-    digest = hashlib.sha256(json.dumps([settings, release.transformer_config().joint_attention_dim, listed]).encode())
+    digest = hashlib.sha256(json.dumps([settings, listed, config.joint_attention_dim, config.pooled_projection_dim]).encode())
     for part in filter(release.expects, parts):
         where = release.find(part)
         for file in sorted(where.iterdir()) if where and where.is_dir() else [where] if where else []:
