@@ -61,9 +61,13 @@ def parse(argv=None):
 
 
 def is_decoder(path):
-    """Whether a model folder is a decoder language model's."""
+    """Whether a model folder is a decoder language model's; ValueError where it is another model's of transformers."""
     config = Path(path) / "config.json"
-    return config.is_file() and weights.read_json(config).get("model_type") in DEFAULTS
+    kind = weights.read_json(config).get("model_type") if config.is_file() else None
+    if kind not in (None, *DEFAULTS):
+        known = f"one of {', '.join(DEFAULTS)}, or a folder in diffusers' SD3 pipeline layout"
+        raise ValueError(f"{config}: 'model_type' is {kind!r}; expected {known}")
+    return kind is not None
 
 
 def open_model(args, dtype, device):

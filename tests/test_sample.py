@@ -182,6 +182,7 @@ def test_what_does_not_fit_is_told_before_prompts_are_encoded(tmp_path, sd3, mon
 def test_kinds_of_models_are_told_apart(tmp_path):
     assert sample.is_decoder(ADDER) and not sample.is_decoder(BASE) and not sample.is_decoder(tmp_path)
     shutil.copytree(digits.HERE / "clip", tmp_path / "clip")
-    assert not sample.is_decoder(tmp_path / "clip")
+    with pytest.raises(ValueError, match="clip/config.json: 'model_type' is 'clip'; expected one of qwen2, .*, or a folder in"):
+        sample.is_decoder(tmp_path / "clip")
     tiny.write_json(tmp_path / "config.json", {"model_type": "qwen2"})
     assert sample.is_decoder(tmp_path) and json.loads((tmp_path / "config.json").read_text())
