@@ -45,7 +45,7 @@ class PromptEncoder:
         joint_attention_dim; t5_tokens: how many tokens stand behind CLIP's, zeros without a `t5`."""
         self.clips, self.tokenizers, self.width = clips, tokenizers, width
         self.t5, self.t5_tokenizer, self.t5_tokens = t5, t5_tokenizer, t5_tokens
-        self.clip_tokens = min(tokenizers[0].longest, *(clip.config.max_position_embeddings for clip in clips))
+        self.clip_tokens = int(min(tokenizers[0].longest, *(clip.config.max_position_embeddings for clip in clips)))
         for tokenizer in (*tokenizers, *([t5_tokenizer] if t5 else [])):
             tokenizer.reported = tokenizers[0].reported  # a long prompt is reported by the first that cuts it
 

@@ -107,7 +107,7 @@ def test_an_added_token_of_another_id_is_refused(tmp_path):
 def test_clips_see_as_many_tokens_as_their_tokenizer_says(copy):
     for suffix in ("", "_2"):
         file = copy / f"tokenizer{suffix}" / "tokenizer_config.json"
-        tiny.write_json(file, json.loads(file.read_text()) | {"model_max_length": 5})
+        tiny.write_json(file, json.loads(file.read_text()) | {"model_max_length": 5.0})  # a JSON number
     encoder = PromptEncoder.from_pretrained(copy, t5="zeros", t5_tokens=3)
     with pytest.warns(UserWarning, match="has 6 tokens and is cut to 5"):
         assert encoder.encode(["the one the one"]).context.shape == (1, 5 + 3, 224)
