@@ -81,7 +81,7 @@ def open_model(args, dtype, device):
 
 @torch.no_grad()
 def draw_images(args, texts):
-    """-> images [P · count, C, H, W] in [−1, 1], those of one prompt contiguous, on the CPU."""
+    """Yields P · count images [C, H, W] in [−1, 1] as they are drawn, those of one prompt in turn, on the CPU."""
     dtype = runtime.DTYPES[args.dtype] if args.dtype else None
     shape = open_model(args, dtype, "meta")[1]  # what does not fit is told from the headers, before the prompts are encoded
     encoder = prompts.PromptEncoder.from_pretrained(args.model, dtype, args.device, args.base, args.t5)
@@ -90,13 +90,12 @@ def draw_images(args, texts):
     model, _ = open_model(args, dtype, args.device)
     rows = torch.arange(len(texts)).repeat_interleave(args.count)
     noise = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(args.seed))
-    times, drawn = model.times(args.steps, args.shift), []
+    times = model.times(args.steps, args.shift)
     for part in torch.arange(len(rows)).split(args.batch):
         negative = condition[torch.full_like(part, -1)]
         latents = model.sample(noise[part].to(args.device), condition[rows[part]], times, negative, args.guidance)
-        drawn.append(model.decode(latents, args.tile).float().cpu())
+        yield from model.decode(latents, args.tile).float().cpu()
         print(f"{part[-1] + 1}/{len(rows)} images", flush=True)
-    return torch.cat(drawn)
 
 
 @torch.no_grad()
@@ -139,7 +138,7 @@ def main(argv=None):
         if out.exists():
             raise ValueError(f"--out {out}: the file exists; expected a new one")
         runtime.make_folder(out.parent, out)
-        images.write_png(out, images.grid(draw_images(args, texts), columns=args.count))
+        images.write_png(out, images.grid(torch.stack([*draw_images(args, texts)]), columns=args.count))
         return
     runtime.open_run_folder(out)
     for index, image in enumerate(draw_images(args, texts)):

@@ -95,6 +95,21 @@ def test_a_single_file_with_a_base(tmp_path, sd3):
     assert (a - b).abs().max() < 2.1 / 255
 
 
+def test_images_are_written_as_they_are_drawn(tmp_path, prompts, monkeypatch):
+    decode, parts = TextToImage.decode, []
+
+    def interrupted(model, latents, tile):
+        parts.append(len(latents))
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+        return decode(model, latents, tile)
+
+    monkeypatch.setattr(TextToImage, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--model", BASE, "--prompts", prompts, "--count", 3, "--batch", 2, "--steps", 1, "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"000{i // 3}_0{i % 3}.png" for i in range(4)]
+
+
 def test_the_empty_prompt_is_one(tmp_path, sd3):
     run("--model", sd3, "--prompt", "", "--steps", 1, "--resolution", 16, "--out", tmp_path / "x.png")
     assert images.read_png(tmp_path / "x.png").shape == (3, 16, 16)
