@@ -142,7 +142,8 @@ class Run:
         self.reward = rewards.parse(args.reward)
         texts, condition = [*self.prompts, args.negative_prompt], None  # the last row is what guidance leads away from
         dtype = runtime.DTYPES[args.dtype]
-        plan = TextToImage.from_pretrained(args.model, dtype, "meta", args.base, encoders=False)  # tells what is missing, at once
+        # From the headers: what is missing or does not fit is told before the prompts are encoded.
+        plan = TextToImage.from_pretrained(args.model, dtype, "meta", args.base, encoders=False)
         with runtime.about("--resolution"):
             self.shape = plan.latent_shape_at(args.resolution) if args.resolution else plan.latent_shape
         if args.prompts:  # the text encoders go before the rest comes, and stay on disk where the embeddings are there already
