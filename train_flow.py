@@ -83,7 +83,7 @@ def parse(argv=None):
     add("--embeddings", help="where embeddings of --prompts are kept for the next run; default PROMPTS.embeddings.safetensors")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/flow", help="new or empty folder for the run's files")
-    add("--seed", type=int, default=0, help="of prompts, noises and times")
+    add("--seed", type=runtime.seed, default=0, help="of prompts, noises and times")
     add("--device", type=runtime.device, default="cpu", help="torch device")
     add("--dtype", choices=tuple(runtime.DTYPES), default="float32", help="of forward passes; what is trained stays float32")
     add("--eval-every", type=positive(int), default=20, help="rounds between evaluations, with a checkpoint each")
@@ -142,13 +142,15 @@ class Run:
         self.reward = rewards.parse(args.reward)
         texts, condition = [*self.prompts, args.negative_prompt], None  # the last row is what guidance leads away from
         dtype = runtime.DTYPES[args.dtype]
+        # From the headers: what is missing or does not fit is told before the prompts are encoded.
+        plan = TextToImage.from_pretrained(args.model, dtype, "meta", args.base, encoders=False)
+        with runtime.about("--resolution"):
+            self.shape = plan.latent_shape_at(args.resolution) if args.resolution else plan.latent_shape
         if args.prompts:  # the text encoders go before the rest comes, and stay on disk where the embeddings are there already
             condition = prompts.cached(args.embeddings, texts, args.model, dtype, args.device, args.base, args.t5)
         dtype = dtype if args.lora_rank else torch.float32  # weights that are trained are float32
         self.policy = TextToImage.from_pretrained(args.model, dtype, args.device, args.base, encoders=condition is None)
         self.condition = condition or self.policy.encode(texts)
-        with runtime.about("--resolution"):
-            self.shape = self.policy.latent_shape_at(args.resolution) if args.resolution else self.policy.latent_shape
         self.times = self.policy.times(args.ode_steps, args.shift)
         self.generator = torch.Generator().manual_seed(args.seed)  # on the CPU: every device draws the same numbers
         transformer, self.reference = self.policy.transformer, copy.copy(self.policy)

@@ -63,7 +63,7 @@ def parse(argv=None):
     add("--format-reward", type=positive(float, zero=True), default=0.0, help="for an answer in \\boxed{} or after ####")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/grpo", help="new or empty folder for the run's files")
-    add("--seed", type=int, default=0, help="of adapters, problems, samples and minibatches")
+    add("--seed", type=runtime.seed, default=0, help="of adapters, problems, samples and minibatches")
     add("--device", type=runtime.device, default="cpu", help="torch device")
     add("--dtype", choices=tuple(runtime.DTYPES), default="float32", help="of forward passes; what is trained stays float32")
     add("--eval-every", type=positive(int), default=22, help="rounds between evaluations, with a checkpoint each")

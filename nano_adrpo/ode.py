@@ -22,18 +22,18 @@ def time_grid(steps, shift=1.0, dtype=torch.float32, device=None):
     return (1 - shifted(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, shift)).to(device, dtype)
 
 
-def sd3_time_grid(steps, shift=3.0, dtype=torch.float32, device=None):
+def sd3_time_grid(steps, shift=3.0, dtype=torch.float32, device=None, train_timesteps=1000):
     """steps + 1 increasing times from 0 to 1, as SD3's public samplers have them (Stability's sd3-ref, diffusers).
 
-    They differ from `time_grid`. σ falls in `steps` equal parts not to 0 but to the smallest of training, which is 1/1000 under
-    the map above; the map is then applied to all of them, to the smallest for the second time; and 0 follows. So the last step
-    is short (0.009 at a shift of 3), and the others are a little longer.
+    They differ from `time_grid`. σ falls in `steps` equal parts not to 0 but to the smallest of training, which is 1/1000
+    (1/train_timesteps) under the map above; the map is then applied to all of them, to the smallest for the second time; and 0
+    follows. So the last step is short (0.009 at a shift of 3), and the others are a little longer.
 
     >>> sd3_time_grid(2)
     tensor([0.0000, 0.9911, 1.0000])
     """
     check(steps, shift)
-    sigma = shifted(torch.linspace(1, shifted(1e-3, shift), steps, dtype=torch.float64), shift)
+    sigma = shifted(torch.linspace(1, shifted(1 / train_timesteps, shift), steps, dtype=torch.float64), shift)
     return (1 - torch.cat([sigma, torch.zeros(1)])).to(device, dtype)
 
 

@@ -19,7 +19,7 @@ class PromptTokenizer:
     "<pad>" (T5)."""
 
     def __init__(self, path):
-        path = Path(path)
+        self.path = path = Path(path)
         self.files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
         self.config = weights.read_json(path / "tokenizer_config.json")
         if "special_tokens_map.json" in self.files:  # of older folders, where it has the last word
@@ -44,7 +44,8 @@ class PromptTokenizer:
         except FileNotFoundError:
             raise
         except Exception as error:  # the tokenizers library raises nothing more specific
-            raise ValueError(f"{source}: not a tokenizer ({error})") from None
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{source}: not a tokenizer ({reason})") from None
         for side in ("padding_side", "truncation_side"):
             if (value := self.config.get(side) or "right") != "right":
                 raise ValueError(f"{path / 'tokenizer_config.json'}: '{side}' is {value!r}; expected 'right'")
@@ -54,6 +55,10 @@ class PromptTokenizer:
         self.pad = self.tokenizer.token_to_id(_content(pad)) if pad else None
         if self.pad is None:
             raise ValueError(f"{path / 'tokenizer_config.json'}: 'pad_token' is {pad!r}; expected a token of {source.name}")
+        self.longest = math.inf if self.config.get("model_max_length") is None else self.config["model_max_length"]
+        if type(self.longest) not in (int, float) or not self.longest > 0:
+            where = f"{path / 'tokenizer_config.json'}: 'model_max_length'"
+            raise ValueError(f"{where} is {self.longest!r}; expected a positive number of tokens")
         self.reported = set()  # prompts whose loss of words was reported
 
     def __call__(self, prompts, length):

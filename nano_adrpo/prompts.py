@@ -45,6 +45,7 @@ class PromptEncoder:
         joint_attention_dim; t5_tokens: how many tokens stand behind CLIP's, zeros without a `t5`."""
         self.clips, self.tokenizers, self.width = clips, tokenizers, width
         self.t5, self.t5_tokenizer, self.t5_tokens = t5, t5_tokenizer, t5_tokens
+        self.clip_tokens = int(min(tokenizers[0].longest, *(clip.config.max_position_embeddings for clip in clips)))
         for tokenizer in (*tokenizers, *([t5_tokenizer] if t5 else [])):
             tokenizer.reported = tokenizers[0].reported  # a long prompt is reported by the first that cuts it
 
@@ -63,18 +64,25 @@ class PromptEncoder:
         return _in_order(whole, rows)
 
     def _encode(self, prompts):
-        outputs = [
-            clip(tokenizer(prompts, clip.config.max_position_embeddings).to(self.device))
-            for clip, tokenizer in zip(self.clips, self.tokenizers)
-        ]
+        ids = [self.tokens(*pair, prompts, self.clip_tokens) for pair in zip(self.tokenizers, self.clips)]
+        outputs = [clip(tokens) for clip, tokens in zip(self.clips, ids)]
         context = torch.cat([hidden for hidden, _ in outputs], dim=-1)  # [B, 77, D1 + D2]
         context = F.pad(context, (0, self.width - context.shape[-1]))
         if self.t5:
-            tokens = self.t5(self.t5_tokenizer(prompts, self.t5_tokens).to(self.device))
+            tokens = self.t5(self.tokens(self.t5_tokenizer, self.t5, prompts, self.t5_tokens))
             context = torch.cat([context, tokens], dim=1)  # [B, 77 + T, D]
         else:
             context = F.pad(context, (0, 0, 0, self.t5_tokens))
         return Condition(context, torch.cat([pooled for _, pooled in outputs], dim=-1))
+
+    def tokens(self, tokenizer, encoder, prompts, length):
+        """B strings -> ids [B, length]. Raises ValueError for a tokenizer of another encoder, as far as its ids tell."""
+        ids, known = tokenizer(prompts, length), encoder.config.vocab_size
+        if (highest := ids.max().item()) >= known:
+            raise ValueError(
+                f"{tokenizer.path}: gives a token the id {highest}; expected less than its encoder's {known} tokens"
+            )
+        return ids.to(self.device)
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None, base=None, t5="load", t5_tokens=256):
@@ -175,8 +183,8 @@ def cached(file, prompts, path, dtype=None, device=None, base=None, t5="load", t
             raise ValueError(f"{file}: not a file of prompt embeddings; it is not written over")
         if torch.equal(stored.read("fingerprint"), wanted):
             return _in_order(Condition(stored.read("context"), stored.read("pooled")), rows)
+    file.parent.mkdir(parents=True, exist_ok=True)  # what cannot be is told before the encoders are loaded
     condition = PromptEncoder.from_pretrained(path, dtype, device, base, t5, t5_tokens).encode(texts, device="cpu")
-    file.parent.mkdir(parents=True, exist_ok=True)
     weights.save(file, {**vars(condition), "fingerprint": wanted})
     return _in_order(condition, rows)
 
@@ -184,14 +192,17 @@ def cached(file, prompts, path, dtype=None, device=None, base=None, t5="load", t
 def fingerprint(release, settings):
     """SHA-256 as 32 bytes of the settings and of all that the encoders are: small files as they are, weight files by header,
     size and time of change, since hashing 11 GB would take as long as loading them."""
-    digest = hashlib.sha256(json.dumps([settings, release.transformer_config().joint_attention_dim]).encode())
-    for part in (part for part in PARTS if part.startswith(("text_encoder", "tokenizer")) and release.expects(part)):
+    config, parts = release.transformer_config(), [part for part in PARTS if part.startswith(("text_encoder", "tokenizer"))]
+    listed = [(release.expects(part), part in release.index) for part in parts]  # T5 may be there, zeros, or no tokens at all
+    digest = hashlib.sha256(json.dumps([settings, listed, config.joint_attention_dim, config.pooled_projection_dim]).encode())
+    for part in filter(release.expects, parts):
         where = release.find(part)
         for file in sorted(where.iterdir()) if where and where.is_dir() else [where] if where else []:
-            if file.suffix == ".safetensors":
-                with file.open("rb") as opened:
-                    header = opened.read(int.from_bytes(opened.read(8), "little"))
-                digest.update(repr([part, file.name, file.stat().st_size, file.stat().st_mtime_ns, header]).encode())
+            if file.suffix == ".safetensors" or file == where:
+                size = file.stat().st_size
+                with file.open("rb") as opened:  # of a damaged file, which the encoder will name, at most all of it
+                    header = opened.read(min(int.from_bytes(opened.read(8), "little"), size))
+                digest.update(repr([part, file.name, size, file.stat().st_mtime_ns, header]).encode())
             elif file.suffix in (".json", ".txt"):
                 digest.update(repr([part, file.name, file.read_bytes()]).encode())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)

@@ -34,7 +34,7 @@ class Release:
             raise FileNotFoundError(f"{path}: no such file or folder; {PARTS['transformer'][0]}")
         if base and not self.base.is_dir():
             raise FileNotFoundError(f"{base}: no such folder; expected one in diffusers' SD3 pipeline layout")
-        self.keys = weights.Checkpoint(path).home if self.path.is_file() else ()
+        self.keys = weights.Checkpoint(path).home if self.path.is_file() else None  # None: a folder
         self.folders = [folder for folder in (self.path, self.base) if folder and folder.is_dir()]
         self.index = {}  # model_index.json: part -> [library, class], [null, null] for a part that the model does without
         for folder in self.folders[::-1]:
@@ -46,22 +46,24 @@ class Release:
     def find(self, part):
         """-> the folder or the single file that has `part`; None where none has."""
         prefix = PARTS[part][1] if part in PARTS else None
-        if self.keys and (part == "transformer" or prefix and any(key.startswith(prefix) for key in self.keys)):
+        if self.keys is not None and (part == "transformer" or prefix and any(key.startswith(prefix) for key in self.keys)):
             return self.path
         return next((folder / part for folder in self.folders if (folder / part).is_dir()), None)
 
     def expects(self, part):
-        """Whether the model has `part`, here or missing. A single file is SD3's, which has them all."""
+        """Whether the model has `part`, here or missing. A single file is SD3's, which has all, whatever its base lists."""
+        if self.keys is not None and self.find(part) == self.path:
+            return True
         if part in self.index:
             return self.index[part] not in (None, [None, None])
-        return bool(self.keys) or self.find(part) is not None
+        return self.keys is not None or self.find(part) is not None
 
     def need(self, part):
         """As find, but FileNotFoundError where none has it."""
         if found := self.find(part):
             return found
         nor = f", nor in {self.base}" if self.base else ""
-        if self.keys:
+        if self.keys is not None:
             raise FileNotFoundError(f"{self.path}: no {part} in this file{nor}; {PARTS[part][0]}; base=FOLDER can bring it")
         missing = f"{self.path}: no transformer/ in it" if part == "transformer" else f"{self.path / part}: no such folder"
         raise FileNotFoundError(f"{missing}{nor}; {PARTS[part][0]}")

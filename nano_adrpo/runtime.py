@@ -67,6 +67,13 @@ def positive(kind, zero=False):
     return parse
 
 
+def seed(text):
+    """An argparse type: what a torch.Generator can be seeded with."""
+    if not -(2**63) <= (value := int(text)) < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 64 bits")
+    return value
+
+
 def device(name):
     """An argparse type: a torch device that this machine has."""
     try:
@@ -84,16 +91,20 @@ def refuse_used_folder(path):
 
 def open_run_folder(path):
     """Creates an empty folder for a run's files."""
-    path = Path(path)
     refuse_used_folder(path)
+    make_folder(path, path)
+    return Path(path)
+
+
+def make_folder(path, out):
+    """Creates the folder of --out `out` where it is missing; one that cannot be written to is refused, before long work."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".write-test"
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / ".write-test"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--out {path}: cannot write there ({error.strerror})") from None
-    return path
+        raise ValueError(f"--out {out}: cannot write there ({error.strerror})") from None
 
 
 class Phases:

@@ -51,7 +51,7 @@ def parse(argv=None):
     add = parser.add_argument_group("both").add_argument
     add("--count", type=positive(int), default=1, help="samples of each prompt")
     add("--batch", type=positive(int), default=8, help="samples at a time")
-    add("--seed", type=int, default=0, help="of noise and tokens")
+    add("--seed", type=runtime.seed, default=0, help="of noise and tokens")
     add("--device", type=runtime.device, default="cpu", help="torch device")
     add("--dtype", choices=tuple(runtime.DTYPES), help="of weights and computation; default the file's")
     args = parser.parse_args(argv)
@@ -61,32 +61,41 @@ def parse(argv=None):
 
 
 def is_decoder(path):
-    """Whether a model folder is a decoder language model's."""
+    """Whether a model folder is a decoder language model's; ValueError where it is another model's of transformers."""
     config = Path(path) / "config.json"
-    return config.is_file() and weights.read_json(config).get("model_type") in DEFAULTS
+    kind = weights.read_json(config).get("model_type") if config.is_file() else None
+    if kind not in (None, *DEFAULTS):
+        known = f"one of {', '.join(DEFAULTS)}, or a folder in diffusers' SD3 pipeline layout"
+        raise ValueError(f"{config}: 'model_type' is {kind!r}; expected {known}")
+    return kind is not None
+
+
+def open_model(args, dtype, device):
+    """-> the model without its text encoders, and the shape [C, H, W] of its latents."""
+    model = TextToImage.from_pretrained(args.model, dtype, device, args.base, encoders=False)
+    if args.adapter:
+        lora.load(model.transformer, args.adapter)
+    with runtime.about("--resolution"):
+        return model, model.latent_shape_at(args.resolution) if args.resolution else model.latent_shape
 
 
 @torch.no_grad()
 def draw_images(args, texts):
-    """-> images [P · count, C, H, W] in [−1, 1], those of one prompt contiguous, on the CPU."""
+    """Yields P · count images [C, H, W] in [−1, 1] as they are drawn, those of one prompt in turn, on the CPU."""
     dtype = runtime.DTYPES[args.dtype] if args.dtype else None
+    shape = open_model(args, dtype, "meta")[1]  # what does not fit is told from the headers, before the prompts are encoded
     encoder = prompts.PromptEncoder.from_pretrained(args.model, dtype, args.device, args.base, args.t5)
     condition = encoder.encode([*texts, args.negative_prompt], device="cpu")
     del encoder  # it has gone before the transformer comes
-    model = TextToImage.from_pretrained(args.model, dtype, args.device, args.base, encoders=False)
-    if args.adapter:
-        lora.load(model.transformer, args.adapter)
-    with runtime.about("--resolution"):
-        shape = model.latent_shape_at(args.resolution) if args.resolution else model.latent_shape
+    model, _ = open_model(args, dtype, args.device)
     rows = torch.arange(len(texts)).repeat_interleave(args.count)
     noise = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(args.seed))
-    times, drawn = model.times(args.steps, args.shift), []
+    times = model.times(args.steps, args.shift)
     for part in torch.arange(len(rows)).split(args.batch):
         negative = condition[torch.full_like(part, -1)]
         latents = model.sample(noise[part].to(args.device), condition[rows[part]], times, negative, args.guidance)
-        drawn.append(model.decode(latents, args.tile).float().cpu())
+        yield from model.decode(latents, args.tile).float().cpu()
         print(f"{part[-1] + 1}/{len(rows)} images", flush=True)
-    return torch.cat(drawn)
 
 
 @torch.no_grad()
@@ -128,8 +137,8 @@ def main(argv=None):
     if out.suffix == ".png":
         if out.exists():
             raise ValueError(f"--out {out}: the file exists; expected a new one")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        images.write_png(out, images.grid(draw_images(args, texts), columns=args.count))
+        runtime.make_folder(out.parent, out)
+        images.write_png(out, images.grid(torch.stack([*draw_images(args, texts)]), columns=args.count))
         return
     runtime.open_run_folder(out)
     for index, image in enumerate(draw_images(args, texts)):

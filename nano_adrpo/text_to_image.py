@@ -7,6 +7,7 @@ This is the one place where time is turned round. The paper: t = 0 noise, t = 1 
 SD3's network: sigma = 1 − t, output noise − data. Hence velocity(x, t) = −network(x, 1 − t).
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -19,11 +20,27 @@ from nano_adrpo.release import Release
 
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}  # SD3's and SD3.5's
 
+# What makes diffusers' sampler another one, key by key of scheduler_config.json: its default, which alone is implemented.
+ONLY = {"_class_name": SCHEDULER["_class_name"], "use_dynamic_shifting": False, "shift_terminal": None, "invert_sigmas": False}
+ONLY |= {f"use_{kind}_sigmas": False for kind in ("karras", "exponential", "beta")} | {"stochastic_sampling": False}
+
+
+def read_scheduler(file):
+    """scheduler_config.json's values; ValueError for a sampler that is not SD3's."""
+    values = weights.read_json(file)
+    for key, known in ONLY.items():
+        if (value := values.get(key, known)) != known:
+            raise ValueError(f"{file}: key '{key}' is {value!r}; expected {known!r}, as in SD3's scheduler")
+    for key in ("shift", "num_train_timesteps"):
+        if type(value := values.get(key, 1)) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{file}: key '{key}' is {value!r}; expected a positive number")
+    return values
+
 
 class TextToImage:
     def __init__(self, transformer, prompt_encoder=None, vae=None, scheduler=None):
         """prompt_encoder None: prompts come encoded. vae None: pixel space. scheduler: diffusers' configuration of its sampler,
-        of which only `shift` is used here; None for a model that has none."""
+        of which `shift` and `num_train_timesteps` are used here; None for a model that has none."""
         self.transformer, self.prompt_encoder, self.vae, self.scheduler = transformer, prompt_encoder, vae, scheduler
 
     @property
@@ -34,6 +51,11 @@ class TextToImage:
     def shift(self):
         """The time-grid shift the model is to be sampled with (see ode.time_grid)."""
         return float((self.scheduler or {}).get("shift", 1.0))
+
+    @property
+    def train_timesteps(self):
+        """What the network is told of pure noise: sigma times this."""
+        return (self.scheduler or {}).get("num_train_timesteps", 1000)
 
     @property
     def factor(self):
@@ -67,14 +89,17 @@ class TextToImage:
         """dx/dt at time t of the paper. x [B, C, H, W]; t a number or [B], in [0, 1]; -> like x, in x's dtype."""
         dtype = self.transformer.proj_out.weight.dtype
         sigma = 1 - torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        sigma = sigma * (self.train_timesteps / 1000)  # 1 in all of SD3's releases, whose 1000 is in MMDiT
         condition = condition.to(x.device, dtype)
         return -self.transformer(x.to(dtype), sigma, condition.context, condition.pooled).to(x.dtype)
 
     def times(self, steps, shift=None):
         """The steps + 1 times at which the model is to be sampled: SD3's own grid, or in pixel space `ode.time_grid`. shift None
         is the model's own."""
-        grid = ode.sd3_time_grid if self.vae else ode.time_grid
-        return grid(steps, self.shift if shift is None else shift, device=self.device)
+        shift = self.shift if shift is None else shift
+        if self.vae:
+            return ode.sd3_time_grid(steps, shift, device=self.device, train_timesteps=self.train_timesteps)
+        return ode.time_grid(steps, shift, device=self.device)
 
     @torch.no_grad()
     def sample(self, x0, condition, times, negative=None, guidance=1.0, method="euler"):
@@ -83,6 +108,8 @@ class TextToImage:
         condition, negative   Conditions of B prompts each: what to draw and, for a guidance other than 1, what to lead away from
         times, method         see ode.sample; guidance: see ode.guide
         """
+        if guidance != 1 and negative is None:
+            raise ValueError(f'guidance is {guidance} without a negative condition; expected one, such as encode([""] * B)')
         velocity = ode.guide(lambda x, t: self.velocity(x, t, condition), lambda x, t: self.velocity(x, t, negative), guidance)
         return ode.sample(velocity, x0, times, method)
 
@@ -110,14 +137,14 @@ class TextToImage:
         config = release.transformer_config()  # from the headers: what is missing is told before anything is read
         # Images have 1 or 3 channels: a model of more has latents, whatever its folder lists.
         vae = release.need("vae") if release.expects("vae") or config.in_channels not in (1, 3) else None
+        scheduler = dict(SCHEDULER) if vae else None
+        if folder := release.find("scheduler"):
+            scheduler = read_scheduler(folder / "scheduler_config.json")
         prompts = PromptEncoder.from_pretrained(path, dtype, device, base, t5, t5_tokens) if encoders else None
         autoencoder = Autoencoder.from_pretrained(vae, dtype, device) if vae else None
         if vae and autoencoder.config.latent_channels != config.in_channels:
             channels = f"{autoencoder.config.latent_channels} channels; the transformer expects {config.in_channels}"
             raise ValueError(f"{vae}: the autoencoder's latents have {channels}")
-        scheduler = dict(SCHEDULER) if vae else None
-        if folder := release.find("scheduler"):
-            scheduler = weights.read_json(folder / "scheduler_config.json")
         return cls(MMDiT.from_pretrained(release.need("transformer"), dtype, device), prompts, autoencoder, scheduler)
 
     def save_pretrained(self, path):

@@ -179,7 +179,7 @@ def write_bytes(file, content):
 def _replace(file, write):
     # A new name, flushed to the disk, then renamed over the old file: at every instant one whole version exists.
     file = Path(file)
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # another run may write the same file, such as embeddings
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask gives a new file; safetensors would make it private

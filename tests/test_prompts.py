@@ -104,12 +104,33 @@ def test_an_added_token_of_another_id_is_refused(tmp_path):
         PromptTokenizer(tmp_path)
 
 
+def test_clips_see_as_many_tokens_as_their_tokenizer_says(copy):
+    for suffix in ("", "_2"):
+        file = copy / f"tokenizer{suffix}" / "tokenizer_config.json"
+        tiny.write_json(file, json.loads(file.read_text()) | {"model_max_length": 5.0})  # a JSON number
+    encoder = PromptEncoder.from_pretrained(copy, t5="zeros", t5_tokens=3)
+    with pytest.warns(UserWarning, match="has 6 tokens and is cut to 5"):
+        assert encoder.encode(["the one the one"]).context.shape == (1, 5 + 3, 224)
+    for bad in ("77", 0):
+        tiny.write_json(file, json.loads(file.read_text()) | {"model_max_length": bad})
+        with pytest.raises(ValueError, match=f"{file}: 'model_max_length' is {bad!r}; expected a positive number of tokens"):
+            PromptEncoder.from_pretrained(copy)
+
+
+def test_a_tokenizer_of_another_encoder_is_named(copy):
+    shutil.rmtree(copy / "tokenizer_3")
+    shutil.copytree(copy / "tokenizer", copy / "tokenizer_3")  # of 525 tokens, where T5 has 300
+    with pytest.raises(ValueError, match=f"{copy / 'tokenizer_3'}: gives a token the id 524; expected less than .* 300 tokens"):
+        PromptEncoder.from_pretrained(copy).encode(PROMPTS)
+
+
 @pytest.mark.parametrize(
     "break_it, message",
     [
         (lambda f: (f / "merges.txt").unlink(), "merges.txt: no such file; vocab.json needs it"),
         (lambda f: (f / "vocab.json").unlink(), "tokenizer.json: no such file, nor CLIP's vocab.json and merges.txt"),
         (lambda f: (f / "vocab.json").write_text('{"a": 0}'), r"vocab.json: not a tokenizer \("),
+        (lambda f: (f / "vocab.json").write_text('{"a": "b"}'), r"vocab.json: not a tokenizer \("),
         (lambda f: (f / "vocab.json").write_text("["), "vocab.json: not valid JSON"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), r"tokenizer.json: not a tokenizer \("),
         (lambda f: (f / "tokenizer_config.json").unlink(), "tokenizer_config.json: no such file"),
@@ -212,6 +233,10 @@ def test_a_single_file_has_the_same_encoders(folder, tmp_path):
         FileNotFoundError, match=f"{clips}: no text_encoder_3 in this file, nor in {only_tokenizers}; it encodes"
     ):
         PromptEncoder.from_pretrained(clips, base=only_tokenizers)
+    # A base that does without T5 takes none from a file that has it.
+    tiny.write_json(only_tokenizers / "model_index.json", {"text_encoder_3": [None, None], "tokenizer_3": [None, None]})
+    with_t5, without = (PromptEncoder.from_pretrained(path, base=only_tokenizers) for path in (file, clips))
+    assert same(with_t5.encode(PROMPTS), expected) and same(without.encode(PROMPTS), zeros)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +315,38 @@ def test_the_cache_is_made_again_when_anything_differs(copy, tmp_path):
     tiny.write_json(copy / "tokenizer" / "tokenizer_config.json", config | {"pad_token": "!"})
     stamp()
     assert not torch.equal(load_file(file)["context"], before["context"])
+
+
+def test_the_cache_knows_zeros_from_no_tokens_at_all(copy, tmp_path):
+    file, index = tmp_path / "prompts.safetensors", json.loads((copy / "model_index.json").read_text())
+    shutil.rmtree(copy / "text_encoder_3")
+    tiny.write_json(copy / "model_index.json", index | {"text_encoder_3": [None, None], "tokenizer_3": [None, None]})
+    assert cached(file, PROMPTS, copy).context.shape == (3, 77 + 256, 224)
+    tiny.write_json(copy / "model_index.json", {key: value for key, value in index.items() if not key.endswith("_3")})
+    assert cached(file, PROMPTS, copy).context.shape == (3, 77, 224)
+
+
+def test_the_cache_knows_a_single_file_of_any_name(folder, tmp_path):
+    file, single = tmp_path / "prompts.safetensors", tiny_sd3.single_file(tmp_path / "sd3.sft", folder)
+    before = cached(file, PROMPTS, single, base=folder)
+    tensors = load_file(single)
+    tensors["text_encoders.clip_g.transformer.text_projection.weight"] *= 2
+    save_file(tensors, single)
+    assert torch.equal(cached(file, PROMPTS, single, base=folder).pooled[:, 64:], 2 * before.pooled[:, 64:])
+
+
+def test_a_pointer_in_the_place_of_weights_is_named(copy, tmp_path):
+    weights_file = copy / "text_encoder_3" / "model.safetensors"  # as git leaves it without its large files
+    weights_file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9524621440\n")
+    with pytest.raises(ValueError, match=f"{weights_file}: not a whole safetensors file"):
+        cached(tmp_path / "prompts.safetensors", PROMPTS, copy)
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a photo\n")
+    monkeypatch.setattr(PromptEncoder, "from_pretrained", lambda *_: pytest.fail("an encoder was loaded"))
+    with pytest.raises(OSError, match="prompts.txt"):
+        cached(tmp_path / "prompts.txt" / "x.safetensors", PROMPTS, folder)
 
 
 def test_a_file_that_is_no_cache_is_not_written_over(folder, tmp_path):

@@ -95,6 +95,21 @@ def test_a_single_file_with_a_base(tmp_path, sd3):
     assert (a - b).abs().max() < 2.1 / 255
 
 
+def test_images_are_written_as_they_are_drawn(tmp_path, prompts, monkeypatch):
+    decode, parts = TextToImage.decode, []
+
+    def interrupted(model, latents, tile):
+        parts.append(len(latents))
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+        return decode(model, latents, tile)
+
+    monkeypatch.setattr(TextToImage, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--model", BASE, "--prompts", prompts, "--count", 3, "--batch", 2, "--steps", 1, "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"000{i // 3}_0{i % 3}.png" for i in range(4)]
+
+
 def test_the_empty_prompt_is_one(tmp_path, sd3):
     run("--model", sd3, "--prompt", "", "--steps", 1, "--resolution", 16, "--out", tmp_path / "x.png")
     assert images.read_png(tmp_path / "x.png").shape == (3, 16, 16)
@@ -131,6 +146,11 @@ def test_text_is_the_decoders(capsys, tmp_path):
         (["--model", BASE, "--prompts", "nowhere", "--out", "x.png"], "nowhere: no such file"),
         (["--model", BASE, "--prompt", "a", "--resolution", 9, "--out", "x.png"], "resolution 9: expected a multiple of 2"),
         (["--model", BASE, "--prompt", "a", "--adapter", "nowhere", "--out", "x.png"], "adapter_config.json: no such file"),
+        (
+            ["--model", BASE, "--prompt", "a", "--seed", 2**64, "--out", "x.png"],
+            "argument --seed: 18446744073709551616 is not a",
+        ),
+        (["--model", BASE, "--prompt", "a", "--out", f"{__file__}/x.png"], "x.png: cannot write there (File exists)"),
         (["--model", ADDER, "--prompt", "a", "--out", "x"], "--out x: expected none, since --model writes text"),
         (
             ["--model", ADDER, "--prompt", "a", "--max-new-tokens", 64],
@@ -165,9 +185,19 @@ def test_an_adapter_of_another_model_is_named(tmp_path, sd3):
         run("--model", BASE, "--prompt", "a", "--adapter", adapter, "--out", tmp_path / "x.png")
 
 
+def test_what_does_not_fit_is_told_before_prompts_are_encoded(tmp_path, sd3, monkeypatch):
+    adapter = write_adapter(TextToImage.from_pretrained(BASE, encoders=False).transformer, ["to_q"], tmp_path / "adapter")
+    monkeypatch.setattr(sample.prompts.PromptEncoder, "from_pretrained", lambda *_: pytest.fail("an encoder was loaded"))
+    changes = {"resolution 40: expected a multiple of 16": ["--resolution", 40], "has shape": ["--adapter", adapter]}
+    for message, options in changes.items():
+        with pytest.raises(ValueError, match=message):
+            run("--model", sd3, "--prompt", "a cat", *options, "--out", tmp_path / "x.png")
+
+
 def test_kinds_of_models_are_told_apart(tmp_path):
     assert sample.is_decoder(ADDER) and not sample.is_decoder(BASE) and not sample.is_decoder(tmp_path)
     shutil.copytree(digits.HERE / "clip", tmp_path / "clip")
-    assert not sample.is_decoder(tmp_path / "clip")
+    with pytest.raises(ValueError, match="clip/config.json: 'model_type' is 'clip'; expected one of qwen2, .*, or a folder in"):
+        sample.is_decoder(tmp_path / "clip")
     tiny.write_json(tmp_path / "config.json", {"model_type": "qwen2"})
     assert sample.is_decoder(tmp_path) and json.loads((tmp_path / "config.json").read_text())

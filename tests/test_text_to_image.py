@@ -157,6 +157,42 @@ def test_resolutions(sd3):
             sd3.latent_shape_at(resolution)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"shift": None}, "key 'shift' is None; expected a positive number"),
+        ({"shift": "3"}, "key 'shift' is '3'; expected a positive number"),
+        ({"num_train_timesteps": 0}, "key 'num_train_timesteps' is 0; expected a positive number"),
+        ({"use_dynamic_shifting": True}, "key 'use_dynamic_shifting' is True; expected False, as in SD3's scheduler"),
+        ({"use_karras_sigmas": True}, "key 'use_karras_sigmas' is True; expected False"),
+        ({"shift_terminal": 0.1}, "key 'shift_terminal' is 0.1; expected None"),
+        ({"_class_name": "DDIMScheduler"}, "key '_class_name' is 'DDIMScheduler'; expected 'FlowMatchEulerDiscreteScheduler'"),
+    ],
+)
+def test_a_scheduler_that_is_not_sd3s_is_refused(copy, change, message):
+    file = copy / "scheduler" / "scheduler_config.json"
+    tiny.write_json(file, json.loads(file.read_text()) | change)
+    with pytest.raises(ValueError, match=f"{file}: {message}"):
+        TextToImage.from_pretrained(copy, device="meta")
+
+
+@torch.no_grad()
+def test_the_network_is_told_of_time_in_the_schedulers_steps(copy, sd3):
+    file = copy / "scheduler" / "scheduler_config.json"
+    tiny.write_json(file, {"num_train_timesteps": 500})
+    model, condition = TextToImage.from_pretrained(copy, encoders=False), sd3.encode(["the one"])
+    x = torch.randn(1, *sd3.latent_shape_at(16), generator=torch.Generator().manual_seed(0))
+    network = sd3.transformer(x, torch.tensor([0.125]), condition.context, condition.pooled)  # half of 1 − t
+    assert torch.equal(model.velocity(x, 0.75, condition), -network)
+    assert model.shift == 1.0 and model.times(2).tolist() == pytest.approx([0, 0.998, 1])  # 1 − 1/500
+
+
+def test_guidance_needs_a_negative_condition(sd3):
+    x0, condition = torch.zeros(1, *sd3.latent_shape_at(16)), sd3.encode(["the one"])
+    with pytest.raises(ValueError, match="guidance is 4.0 without a negative condition; expected one"):
+        sd3.sample(x0, condition, sd3.times(1), guidance=4.0)
+
+
 @torch.no_grad()
 def test_images_come_through_the_autoencoder(sd3, folder):
     vae = Autoencoder.from_pretrained(folder / "vae")
@@ -234,6 +270,11 @@ def test_a_single_file_without_a_part_says_which(folder, tmp_path):
     save_file({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, tmp_path / "flux.safetensors")
     with pytest.raises(ValueError, match="flux.safetensors: this is a FLUX checkpoint"):
         TextToImage.from_pretrained(tmp_path / "flux.safetensors", base=folder)
+    save_file({}, tmp_path / "empty.safetensors")  # whose transformer is not the base's
+    with pytest.raises(
+        ValueError, match="empty.safetensors: key 'x_embedder.proj.weight' is missing; expected Stability's SD3"
+    ):
+        TextToImage.from_pretrained(tmp_path / "empty.safetensors", base=folder)
 
 
 def test_a_trained_transformer_alone_is_completed_by_its_base(sd3, folder, tmp_path):

@@ -224,6 +224,15 @@ def test_a_used_run_folder_is_refused_before_anything_is_loaded(capsys, tmp_path
     assert "the folder is not empty" in refused(capsys, train)
 
 
+def test_what_does_not_fit_is_told_before_prompts_are_encoded(capsys, tmp_path, train, sd3, monkeypatch):
+    monkeypatch.setattr(prompts, "cached", lambda *args: pytest.fail("an encoder was loaded"))
+    assert "--resolution: resolution 20: expected a multiple of 16" in refused(capsys, train, "--resolution", 20)
+    shutil.copytree(sd3, tmp_path / "cut")
+    file = tmp_path / "cut" / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"{file}: not a whole safetensors file" in refused(capsys, train, model=tmp_path / "cut")
+
+
 @pytest.mark.slow  # torch.compile calls a C++ compiler
 def test_a_compiled_transformer_trains_the_same(train):
     (_, plain), (_, compiled) = train("plain", *ADAPTERS), train("compiled", *ADAPTERS, "--compile")

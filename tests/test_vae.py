@@ -371,6 +371,7 @@ def test_bad_single_files_are_named(tmp_path, prefix, change, message, device):
         Autoencoder.from_pretrained(tmp_path / "bad.safetensors", device=device)
     text = str(error.value)
     assert text.startswith(f"{tmp_path / 'bad.safetensors'}: ") and message.format(prefix) in text and "\n" not in text
+    assert text.count("bad.safetensors") == 1
 
 
 def test_single_files_of_other_families_are_refused(tmp_path):

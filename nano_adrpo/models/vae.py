@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nano_adrpo import runtime, weights
+from nano_adrpo import weights
 
 STEM = "diffusion_pytorch_model"  # what diffusers calls the weight file
 
@@ -329,14 +329,14 @@ def stability_config(shapes, prefix, path):
         raise ValueError(f"{path}: key '{prefix}decoder.conv_in.weight' is for {channels} latent channels; expected SD3's 16")
     stages = count(r"encoder\.down\.(\d+)\.")
     widths = [size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(stages)]
-    with runtime.about(path):
-        return Config(
-            in_channels=size("encoder.conv_in.weight", 1),
-            out_channels=size("decoder.conv_out.weight", 0),
-            latent_channels=channels,
-            block_out_channels=widths,
-            layers_per_block=count(r"encoder\.down\.0\.block\.(\d+)\."),
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            sample_size=1024,
-        )
+    values = {
+        "in_channels": size("encoder.conv_in.weight", 1),
+        "out_channels": size("decoder.conv_out.weight", 0),
+        "latent_channels": channels,
+        "block_out_channels": widths,
+        "layers_per_block": count(r"encoder\.down\.0\.block\.(\d+)\."),
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "sample_size": 1024,
+    }
+    return weights.parse_config(Config, values, path)

@@ -26,10 +26,12 @@ PROMPTS = ["A photo of the one Ring!", "the sign says: it's 12 o'clock, and then
 NEGATIVE = "blurry, ugly"
 
 
-def pipeline(folder, t5=True):
+def pipeline(folder, t5=True, scheduler={}, words=77):
     """A tiny SD3 with random weights, saved by diffusers; the CLIP tokenizers as vocab.json and merges.txt."""
     for suffix, pad in (("", "<|endoftext|>"), ("_2", "!")):
         tiny.clip_tokenizer(folder / f"plain{suffix}", pad)
+        config = json.loads((folder / f"plain{suffix}" / "tokenizer_config.json").read_text())
+        tiny.write_json(folder / f"plain{suffix}" / "tokenizer_config.json", config | {"model_max_length": words})
     tiny.t5_tokenizer(folder / "plain_3")
     parts = {
         name: tiny.fill(CLIPTextModelWithProjection(CLIPTextConfig(**sizes)), seed=1) for name, sizes in tiny.SD3_CLIPS.items()
@@ -39,7 +41,7 @@ def pipeline(folder, t5=True):
     parts["tokenizer_3"] = T5Tokenizer.from_pretrained(folder / "plain_3") if t5 else None
     parts["vae"] = tiny.fill(AutoencoderKL(**tiny.SD3_VAE), seed=3, std=0.08)
     parts["transformer"] = tiny.fill(SD3Transformer2DModel(**tiny.SD3), seed=4, std=0.05)
-    pipe = StableDiffusion3Pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
+    pipe = StableDiffusion3Pipeline(scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}), **parts)
     pipe.save_pretrained(folder / "sd3")
     for suffix in ("", "_2"):
         assert (folder / "sd3" / f"tokenizer{suffix}" / "tokenizer.json").is_file()
@@ -150,6 +152,20 @@ def test_the_same_noise_becomes_the_same_image(both, device):
     image = (sample(model, x0, 28, 7.0, device).cpu() / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 0.1 and image.shape == expected.shape == (1, 3, 96, 64)
     assert (image - expected).abs().max() < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:the prompt")
+@torch.no_grad()
+def test_another_scheduler_and_shorter_prompts(tmp_path):
+    pipe = pipeline(tmp_path, scheduler=dict(shift=2.0, num_train_timesteps=400), words=9)
+    model = TextToImage.from_pretrained(tmp_path / "sd3")
+    context = pipe.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)[0]
+    condition = model.encode(PROMPTS)
+    assert condition.context.shape == context.shape == (3, 9 + 256, 224) and (condition.context - context).abs().max() < 1e-4
+    x0 = torch.randn(1, *model.latent_shape_at(32), generator=torch.Generator().manual_seed(0))
+    options = dict(height=32, width=32, num_inference_steps=5, guidance_scale=1.0, latents=x0, output_type="pt")
+    image = model.decode(model.sample(x0, condition[[1]], model.times(5)))
+    assert ((image / 2 + 0.5).clamp(0, 1) - pipe(PROMPTS[1], **options).images).abs().max() < 1e-4
 
 
 @torch.no_grad()
