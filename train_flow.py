@@ -1,40 +1,226 @@
 """ADRPO for flow matching (Eq. 6) and its baselines: the whole loop in one file.
 
     python train_flow.py                                             # the digits demo, on the CPU
-    python train_flow.py --method fixed-beta --out runs/fixed        # a baseline: the same loss, other coefficients
-    python train_flow.py --model SD3_FOLDER --reward clip_score:CLIP_FOLDER --prompts prompts.txt --resolution 512 \\
-        --ode-steps 28 --shift 3 --guidance 5 --lora-rank 32 --micro-batch 8 --rollout-batch 16 --gradient-checkpointing \\
-        --device cuda --dtype bfloat16 --out runs/sd3                # SD3, adapters only
+    python train_flow.py --method fixed-beta                         # a baseline: the same loss, other coefficients
+    python train_flow.py --config docs/sd3.json --model SD3_FOLDER --reward clip_score:CLIP_FOLDER --prompts prompts.txt
 
 One round: draw prompts, roll out a group of images for each by integrating the policy's ODE, reward them, turn rewards into
-advantages, take a few gradient steps on fresh times and noises, log. The reference is a frozen copy of the policy at the start
-or, with --lora-rank, the policy with its adapters off. Written to --out: config.json, metrics.jsonl, model/ (diffusers' layout)
-or adapter/ (PEFT's) and, with matplotlib, before_after.png and curves.png.
+advantages and coefficients, take a few gradient steps on fresh times and noises, log. The reference is a frozen copy of the
+policy at the start or, with --lora-rank, the policy with its adapters off. Written to --out: config.json, metrics.jsonl, model/
+(diffusers' layout) or adapter/ (PEFT's) and, with matplotlib, before_after.png and curves.png.
 """
-
-import argparse
-import contextlib
-import copy
-import json
-import math
 
 import torch
 
-from nano_adrpo import adrpo, evaluate, lora, metrics, ode, plots, prompts, rewards, runtime, weights
-from nano_adrpo.demo import digits
-from nano_adrpo.runtime import positive
+from nano_adrpo import adrpo, demo, lora, ode
+from nano_adrpo.errors import InputError, Parser, about, run_command
+from nano_adrpo.evaluation import plots
+from nano_adrpo.evaluation.images import evaluate
+from nano_adrpo.rewards import function, images
 from nano_adrpo.text_to_image import TextToImage
+from nano_adrpo.text_to_image.prompts import cached, read_prompts
+from nano_adrpo.training import options, run
+from nano_adrpo.training.options import finite, flag, positive
+from nano_adrpo.training.step import (
+    MovingAverage,
+    autocast,
+    optimizer_step,
+    reference_of,
+    set_learning_rate,
+    trained,
+    weight_dtype,
+)  # fmt: skip
 
-METHODS = ("adrpo", "fixed-beta", "orw-cfm-w2", "raft", "dpo")
+# A method is (weight, beta) of `flow_loss`, each a number or one for each sample, made of rewards R and advantages A [N].
+# A new method is a new line.
+METHODS = {
+    "adrpo": lambda R, A, args: adrpo.adaptive_coefficients(A, args.beta0, (args.a_min, args.a_max)),  # Eq. 6: A, β0 − A
+    "fixed-beta": lambda R, A, args: (A.clamp(args.a_min, args.a_max), args.beta0),
+    "orw-cfm-w2": lambda R, A, args: (adrpo.reward_weights(R, args.tau, args.group_size), args.beta0),
+    "raft": lambda R, A, args: (adrpo.best_of_group(R, args.group_size), 0.0),
+    "dpo": lambda R, A, args: (0.0, 0.0),  # not used: it has a loss of its own, on pairs
+}
+
+
+def main(argv=None):
+    args = parse(argv)
+    run.refuse_used(args.out)
+    prompts, reward, judge = open_task(args)
+    generator = torch.Generator().manual_seed(args.seed)  # on the CPU: every device draws the same numbers
+    policy, condition, negative, reference = open_policy(args, prompts, generator)
+    shape, times = latent_shape(args, policy), policy.times(args.ode_steps, args.shift)
+    sampling = {"times": times, "negative": negative, "guidance": args.guidance, "method": args.ode_method}
+    optimizer = torch.optim.AdamW(trained(policy.transformer), args.lr, weight_decay=args.weight_decay)
+    ema = MovingAverage(trained(policy.transformer), args.ema)
+    out = run.claim(args.out, "runs/flow", options.saved(args))
+    log, phases = run.Log(out / "metrics.jsonl", args.rounds), run.Phases(args.device)
+    saved, flat, first = "none yet", True, None
+    dpo = args.method == "dpo"
+    share = 2 if dpo else 1  # how many samples side by side share a t and an x0
+
+    def noise(count):
+        return torch.randn(count, *shape, generator=generator).to(args.device)
+
+    def reference_velocity(x, t, rows):
+        with reference() as frozen, autocast(args):  # the policy's transformer at the start, without gradient
+            return policy.velocity(x, t, condition[rows], frozen)
+
+    for round in run.rounds(args):  # from 0, which only evaluates
+        values = {}
+        with run.at_round(round, saved):
+            if round > 0:
+                # 1. Roll out: a group of images for each prompt, contiguous. N = prompts · group size.
+                phases.begin("rollout")
+                drawn = torch.randint(len(prompts), (args.prompts_per_round,), generator=generator)
+                rows = drawn.repeat_interleave(args.group_size)  # [N], each sample's prompt
+                with autocast(args):
+                    x1, pixels = policy.draw(noise(len(rows)), condition[rows], **sampling, batch=args.rollout_batch)
+
+                # 2. Reward: R [N], and the terms that it is the weighted sum of.
+                phases.begin("reward")
+                with reward.on(args.device):
+                    rewards = reward(pixels, [prompts[row] for row in rows], args.rollout_batch)
+                R = rewards["reward"].to(args.device)
+
+                # 3. Advantages A [N] within the groups, and the coefficients that the method's line above makes of them:
+                # A and β0 − A, of the clamped A.
+                A = adrpo.group_advantages(R, args.group_size)
+                weight, beta = (torch.as_tensor(c).to(A).expand_as(A) for c in METHODS[args.method](R, A, args))
+                if dpo:
+                    x1, rows = best_and_worst(args, R, x1, rows)
+
+                # 4. Gradient steps on these samples. v alone has a gradient.
+                phases.begin("update")
+                set_learning_rate(optimizer, args, round)
+                for _ in range(args.inner_steps):
+                    count, losses = len(x1) // share, []
+                    t = draw_times(args, count, generator).to(args.device).repeat_interleave(share)
+                    x0 = noise(count).repeat_interleave(
+                        share, dim=0
+                    )  # afresh: with the rollout's own, u ≈ v_ref: nothing to learn
+                    for i in torch.arange(len(x1)).split(share * (args.micro_batch or count)):
+                        x_t, u = adrpo.interpolate(x0[i], x1[i], t[i])
+                        with autocast(args):
+                            v = policy.velocity(x_t, t[i], condition[rows[i]])
+                        v_ref = reference_velocity(x_t, t[i], rows[i])
+                        if dpo:
+                            loss = adrpo.flow_dpo_loss(v, u, v_ref, BEST, WORST, args.beta_dpo, count)
+                        else:
+                            loss = adrpo.flow_loss(v, u, v_ref, weight[i], beta[i], count)  # Eq. 6
+                        loss.backward()
+                        losses.append(loss.item())
+                    norm = optimizer_step(optimizer, sum(losses), args, ema)
+
+                # 5. Log.
+                values = describe(args, rewards, beta) | {"loss": sum(losses), "grad_norm": norm}
+                flat = run.still_flat(flat, values["zero_spread"], round, args.rounds)
+                if round == 1:
+                    run.note_scale(args.beta0, values["reward_std"], normalized=False)
+
+            # 6. Evaluate on all prompts, and save.
+            if run.evaluation_is_due(args, round):
+                phases.begin("evaluation")
+                with ema.applied(), autocast(args):
+                    last = evaluate(policy, condition, prompts, reward, judge, reference_velocity, shape=shape, **sampling,
+                                    samples=args.eval_samples, batch=args.rollout_batch, device=args.device)  # fmt: skip
+                first, values["eval"] = first or last, last[0]
+                if round > 0:
+                    saved = run.save_checkpoint(policy.transformer, policy.save_pretrained, args, out, ema, round)
+        log.write(round, values, phases.take())
+
+    run.print_table(first[0], last[0])
+    pictures(args, out, prompts, first, last)
+    return last[0]
+
+
+BEST, WORST = slice(0, None, 2), slice(1, None, 2)  # rows of a batch of pairs
+
+
+def best_and_worst(args, R, x1, rows):
+    """DPO: keeps of each group the best and the worst sample, side by side. -> their x1 and rows, [2 · groups]."""
+    pairs = torch.stack(adrpo.best_and_worst(R, args.group_size), dim=1).flatten()
+    return x1[pairs], rows[pairs.cpu()]
+
+
+def open_task(args):
+    """-> prompts, the reward, and the judge or None. Without --prompts they are the demo's, with its judge."""
+    prompts = read_prompts(args.prompts or demo.FLOW["prompts"])
+    judge = args.judge or (demo.FLOW["judge"] if args.prompts is None else None)
+    return prompts, images.parse(args.reward), function(judge) if judge else None
+
+
+def open_policy(args, prompts, generator):
+    """-> the policy, the Condition of the prompts, that of the negative prompt, and the reference: in `with reference() as
+    frozen:`, frozen is the policy's transformer at the start."""
+    dtype = options.DTYPES[args.dtype]
+    # From the headers first: what is missing or does not fit is told before the prompts are encoded.
+    latent_shape(args, TextToImage.from_pretrained(args.model, dtype, "meta", args.base, encoders=False))
+    encoded = None
+    if args.prompts:  # the text encoders go before the rest comes, and stay on disk where the embeddings are there already
+        file = args.embeddings or f"{args.prompts}.embeddings.safetensors"
+        encoded = cached(file, prompts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5)
+    policy = TextToImage.from_pretrained(args.model, weight_dtype(args), args.device, args.base, encoders=encoded is None)
+    condition, negative = encoded or (policy.encode(prompts), policy.encode([args.negative_prompt], negative=True))
+    if args.lora_rank:
+        with about("--lora-targets"):
+            targets = args.lora_targets or lora.MMDIT_TARGETS
+            lora.add(policy.transformer, targets, args.lora_rank, args.lora_alpha or args.lora_rank, generator)
+    reference = reference_of(policy.transformer, adapters=args.lora_rank > 0)
+    policy.transformer.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        policy.transformer.compile()
+    return policy, condition, negative, reference
+
+
+def latent_shape(args, model):
+    """[C, H, W] of a sample's latents."""
+    with about("--resolution"):
+        return model.latent_shape_at(args.resolution) if args.resolution else model.latent_shape
+
+
+def draw_times(args, count, generator):
+    """Times t [count] of the loss, of density 1 (Eq. 6's t ~ U(0, 1)) or 2(1 − t)."""
+    t = torch.rand(count, generator=generator)
+    return 1 - (1 - t).sqrt() if args.time_density == "noise" else t
+
+
+def describe(args, rewards, beta):
+    """What to log of a round, {name: number}."""
+    groups = rewards["reward"].reshape(-1, args.group_size)
+    values = {name: value.mean().item() for name, value in rewards.items()}
+    values["reward_std"] = groups.std(dim=1).mean().item()
+    values["zero_spread"] = (groups == groups[:, :1]).all(dim=1).float().mean().item()
+    return values | {"beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item()}
+
+
+def pictures(args, out, prompts, first, last):
+    """Draws curves.png and, from the first and the last evaluation, before_after.png: samples of ten prompts from the same
+    noises, with the judge's frames, green where an image is right and red where it is wrong."""
+    chosen = plots.shown(len(prompts))
+    samples = (torch.tensor(chosen)[:, None] * args.eval_samples + torch.arange(args.eval_samples)).flatten()
+    panels, frames = {}, {}
+    for name, (values, drawn, right) in ({"after": last} if first is last else {"before": first, "after": last}).items():
+        share = "" if right is None else f", right {right.float().mean():.3g}"
+        title = f"{name}: reward {values['reward']:.3g}{share}"
+        panels[title] = drawn[samples]
+        if right is not None:
+            frames[title] = right[samples]
+    plots.grids(out / "before_after.png", panels, [prompts[row] for row in chosen], frames)
+    plots.curves(out / "curves.png", out / "metrics.jsonl", "pixel_diversity")
 
 
 def parse(argv=None):
-    parser = runtime.Parser(__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument_group("algorithm").add_argument
-    add("--method", choices=METHODS, default="adrpo", help="coefficients of the loss, see nano_adrpo/adrpo.py")
-    add("--beta0", type=positive(float), default=1.0, help="β0 of adrpo; β of fixed-beta (in units of the reward), orw-cfm-w2")
-    add("--a-min", type=float, default=-8.0, help="A_min, the advantage's lower bound, in units of the reward; the paper: −β0")
-    add("--a-max", type=float, default=8.0, help="A_max, its upper bound; the paper: β0")
+    add("--method", choices=tuple(METHODS), default="adrpo", help="coefficients of the loss, see nano_adrpo/adrpo.py")
+    add(
+        "--beta0",
+        type=positive(float, zero=True),
+        default=1.0,
+        help="β0 of adrpo; β of fixed-beta (in units of the reward), orw-cfm-w2",
+    )
+    add("--a-min", type=finite, default=-8.0, help="A_min, the advantage's lower bound, in units of the reward")
+    add("--a-max", type=finite, default=8.0, help="A_max, its upper bound")
     add("--tau", type=positive(float), default=0.1, help="τ of orw-cfm-w2's exp(τ·R), per unit of the reward")
     add("--beta-dpo", type=positive(float), default=50.0, help="β of dpo, per squared velocity per element")
     add("--time-density", choices=("uniform", "noise"), default="uniform", help="of t in the loss: 1, or 2(1 − t)")
@@ -48,29 +234,11 @@ def parse(argv=None):
     add("--negative-prompt", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side of the images in pixels; default the model's own")
     add("--rollout-batch", type=positive(int), help="samples at a time in rollouts and their rewards; default all")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--rounds", type=positive(int), default=80, help="rounds of rollouts")
+    add = options.optimisation(parser, lora.MMDIT_TARGETS, rounds=80, lr=1e-4, lr_schedule="constant")
     add("--inner-steps", type=positive(int), default=4, help="gradient steps a round")
-    add("--lr", type=positive(float), default=1e-4, help="Adam's learning rate")
-    add("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
-    add("--micro-batch", type=positive(int), help="samples (dpo: pairs) per forward pass; must divide a round's; default all")
-    add("--gradient-checkpointing", action="store_true", help="keep block inputs only and recompute the rest: less memory")
-    add("--lora-rank", type=positive(int, zero=True), default=0, help="rank of adapters to train; 0 trains all weights")
-    add("--lora-alpha", type=positive(float), help="the adapters' strength is alpha / rank; default the rank")
-    add("--lora-targets", nargs="+", help="names of layers to adapt; default the attention's: " + " ".join(lora.MMDIT_TARGETS))
-    add(
-        "--ema",
-        type=decay,
-        default=0.0,
-        help="decay of a moving average of what is trained, which is evaluated and saved; 0: none",
-    )
-    add("--compile", action="store_true", help="torch.compile the transformer")
+    flag(add, "--compile", False, "torch.compile the transformer")
     add = parser.add_argument_group("inputs").add_argument
-    add(
-        "--model",
-        default=str(digits.HERE / "base"),
-        help="folder in diffusers' SD3 pipeline layout, or Stability's single file",
-    )
+    add("--model", default=demo.FLOW["model"], help="folder in diffusers' SD3 pipeline layout, or Stability's single file")
     add("--base", help="such a folder for the parts that --model lacks, as a single file its tokenizers")
     add(
         "--t5",
@@ -78,247 +246,25 @@ def parse(argv=None):
         default="load",
         help="SD3's T5: at once, layer by layer from disk, without it",
     )
-    add("--reward", nargs="+", default=[str(digits.HERE / "clip")], help="NAME:FOLDER[@WEIGHT] …, see nano_adrpo/rewards.py")
-    add("--prompts", help="one prompt a line, or JSON lines with \"prompt\"; default: the demo's 40, with the demo's judge")
+    add("--reward", nargs="+", default=demo.FLOW["reward"], help="NAME:FOLDER[@WEIGHT] …, see nano_adrpo/rewards/images.py")
+    add("--prompts", help='one prompt a line, or JSON lines with "prompt"; default: the demo\'s 40')
+    add("--judge", help="FILE.py:FUNCTION(images, prompts) -> {metric: number or [N]}, in evaluations; default: the demo's")
     add("--embeddings", help="where embeddings of --prompts are kept for the next run; default PROMPTS.embeddings.safetensors")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default="runs/flow", help="new or empty folder for the run's files")
-    add("--seed", type=runtime.seed, default=0, help="of prompts, noises and times")
-    add("--device", type=runtime.device, default="cpu", help="torch device")
-    add("--dtype", choices=tuple(runtime.DTYPES), default="float32", help="of forward passes; what is trained stays float32")
-    add("--eval-every", type=positive(int), default=20, help="rounds between evaluations, with a checkpoint each")
+    add = options.run(parser, eval_every=20)
     add("--eval-samples", type=positive(int), default=8, help="samples per prompt in an evaluation, at least 2")
-    add("--keep-checkpoints", action="store_true", help="keep every checkpoint, as round-N/, and not the last alone")
-    args = parser.parse_args(argv)
+    args = options.parse(parser, argv)
     for option in ("group_size", "eval_samples"):
         if getattr(args, option) < 2:
-            raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 2, to compare samples")
-    units, what = (1, "pairs") if args.method == "dpo" else (args.group_size, "samples")
-    if args.micro_batch and args.prompts_per_round * units % args.micro_batch:
-        count = args.prompts_per_round * units
-        raise ValueError(f"--micro-batch {args.micro_batch} does not divide the {count} {what} of a round")
-    with runtime.about("--a-min and --a-max"):
-        adrpo.clamp_advantages(torch.zeros(1), args.beta0, (args.a_min, args.a_max))  # refuses an empty range
-    if not args.lora_rank and (args.lora_alpha or args.lora_targets):
-        raise ValueError("--lora-alpha and --lora-targets: expected only with --lora-rank")
-    if args.lora_rank:
-        args.lora_alpha = args.lora_alpha or args.lora_rank
-        args.lora_targets = args.lora_targets or list(lora.MMDIT_TARGETS)
+            raise InputError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 2, to compare samples")
+    if args.micro_batch:
+        size, what = (1, "pairs") if args.method == "dpo" else (args.group_size, "samples")
+        options.divides("--micro-batch", args.micro_batch, args.prompts_per_round * size, f"{what} of a round")
+    options.check_range(args.a_min, args.a_max)
+    options.check_beta0(args)
     if args.embeddings and not args.prompts:
-        raise ValueError("--embeddings: expected only with --prompts")
-    if args.prompts:
-        args.embeddings = args.embeddings or f"{args.prompts}.embeddings.safetensors"
+        raise InputError("--embeddings: expected only with --prompts")
     return args
 
 
-def decay(text):
-    """An argparse type: a number from 0 up to and without 1."""
-    if not 0 <= (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number in [0, 1)")
-    return value
-
-
-def coefficients(args, rewards):
-    """The table of nano_adrpo/adrpo.py: rewards [N] -> (weight, beta) of `flow_loss`, each [N]."""
-    clip = (args.a_min, args.a_max)
-    if args.method == "raft":
-        weight, beta = adrpo.best_of_group(rewards, args.group_size), 0.0
-    elif args.method == "orw-cfm-w2":
-        weight, beta = adrpo.reward_weights(rewards, args.tau, args.group_size), args.beta0
-    else:
-        advantages = adrpo.group_advantages(rewards, args.group_size)
-        weight = adrpo.clamp_advantages(advantages, args.beta0, clip)
-        beta = adrpo.adaptive_beta(advantages, args.beta0, clip) if args.method == "adrpo" else args.beta0
-    return weight, torch.as_tensor(beta, device=weight.device).expand_as(weight)
-
-
-class Run:
-    """The models, prompts and noises, and the three phases that use them: rollout, update, evaluation."""
-
-    def __init__(self, args):
-        self.args = args
-        self.prompts = prompts.read_prompts(args.prompts) if args.prompts else digits.PROMPTS
-        self.judge = None if args.prompts else digits.Judge.from_pretrained(digits.HERE / "judge")
-        self.reward = rewards.parse(args.reward)
-        texts, condition = [*self.prompts, args.negative_prompt], None  # the last row is what guidance leads away from
-        dtype = runtime.DTYPES[args.dtype]
-        # From the headers: what is missing or does not fit is told before the prompts are encoded.
-        plan = TextToImage.from_pretrained(args.model, dtype, "meta", args.base, encoders=False)
-        with runtime.about("--resolution"):
-            self.shape = plan.latent_shape_at(args.resolution) if args.resolution else plan.latent_shape
-        if args.prompts:  # the text encoders go before the rest comes, and stay on disk where the embeddings are there already
-            condition = prompts.cached(args.embeddings, texts, args.model, dtype, args.device, args.base, args.t5)
-        dtype = dtype if args.lora_rank else torch.float32  # weights that are trained are float32
-        self.policy = TextToImage.from_pretrained(args.model, dtype, args.device, args.base, encoders=condition is None)
-        self.condition = condition or self.policy.encode(texts)
-        self.times = self.policy.times(args.ode_steps, args.shift)
-        self.generator = torch.Generator().manual_seed(args.seed)  # on the CPU: every device draws the same numbers
-        transformer, self.reference = self.policy.transformer, copy.copy(self.policy)
-        if args.lora_rank:
-            with runtime.about("--lora-targets"):
-                lora.add(transformer, args.lora_targets, args.lora_rank, args.lora_alpha, self.generator)
-        else:
-            self.reference.transformer = copy.deepcopy(transformer).requires_grad_(False)
-        transformer.gradient_checkpointing = args.gradient_checkpointing
-        if args.compile:
-            transformer.compile()
-        self.trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-        self.average = runtime.MovingAverage(self.trained, args.ema)
-        self.optimizer = torch.optim.Adam(self.trained, lr=args.lr)
-        self.phases = runtime.Phases(args.device)
-
-    def noise(self, count, generator):
-        return torch.randn(count, *self.shape, generator=generator).to(self.args.device)
-
-    def autocast(self):
-        dtype = runtime.DTYPES[self.args.dtype]
-        return torch.autocast(torch.device(self.args.device).type, dtype, enabled=dtype != torch.float32)
-
-    def velocity(self, model, x, t, rows):
-        with self.autocast():
-            return model.velocity(x, t, self.condition[rows])
-
-    @torch.no_grad()
-    def reference_velocity(self, x, t, rows):
-        """v_ref, of the policy at the start: a frozen copy, or the policy with its adapters off."""
-        with lora.disabled(self.policy.transformer) if self.args.lora_rank else contextlib.nullcontext():
-            return self.velocity(self.reference, x, t, rows)
-
-    @torch.no_grad()
-    def roll_out(self, rows, x0):
-        """Prompt rows [N] and noise x0 [N, C, H, W] -> the policy's latents x1; its images and {name: rewards [N]}, on the CPU."""
-        x1, images, scores = [], [], []
-        parts = torch.arange(len(rows)).split(self.args.rollout_batch or len(rows))
-        with self.phases("rollout"), self.autocast():
-            for part in parts:
-                condition, negative = self.condition[rows[part]], self.condition[torch.full_like(part, -1)]
-                x1.append(
-                    self.policy.sample(x0[part], condition, self.times, negative, self.args.guidance, self.args.ode_method)
-                )
-        with self.phases("reward"), self.reward.on(self.args.device):  # at other times they are on the CPU
-            for part, latents in zip(parts, x1):
-                images.append(self.policy.decode(latents))
-                scores.append(self.reward(images[-1], [self.prompts[row] for row in rows[part]]))
-                images[-1] = images[-1].cpu()
-        return torch.cat(x1), torch.cat(images), {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
-
-    def update(self, rows, x1, rewards):
-        """`inner_steps` gradient steps on one round's samples. -> what to log of it."""
-        args, device = self.args, x1.device
-        if args.method == "dpo":  # a row per pair, the better sample first; both share t and x0
-            units = torch.stack(adrpo.best_and_worst(rewards, args.group_size), dim=1)  # [prompts, 2]
-        else:
-            units = torch.arange(len(rows), device=device)[:, None]  # [N, 1]
-            weight, beta = coefficients(args, rewards)
-        for _ in range(args.inner_steps):
-            t = torch.rand(len(units), generator=self.generator)
-            t = (1 - (1 - t).sqrt() if args.time_density == "noise" else t).to(device)
-            # x0 is drawn afresh: with the rollout's own, u ≈ v_ref all along the path, and nothing is learnt.
-            x0 = self.noise(len(units), self.generator)
-            self.optimizer.zero_grad()
-            total = 0.0
-            for part in torch.arange(len(units), device=device).split(args.micro_batch or len(units)):
-                i = units[part].flatten()
-                part_t, part_x0 = (draw[part].repeat_interleave(units.shape[1], dim=0) for draw in (t, x0))
-                x_t, u = adrpo.interpolate(part_x0, x1[i], part_t)
-                v = self.velocity(self.policy, x_t, part_t, rows[i.cpu()])
-                v_ref = self.reference_velocity(x_t, part_t, rows[i.cpu()])
-                if args.method == "dpo":
-                    loss = adrpo.flow_dpo_loss(v, u, v_ref, slice(0, None, 2), slice(1, None, 2), args.beta_dpo)
-                else:
-                    loss = adrpo.flow_loss(v, u, v_ref, weight[i], beta[i])  # Eq. 6
-                loss = loss * len(part) / len(units)
-                loss.backward()
-                total += loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(self.trained, args.clip_grad).item()
-            if not (math.isfinite(total) and math.isfinite(norm)):
-                raise FloatingPointError(f"loss {total}, gradient norm {norm}")
-            self.optimizer.step()
-            self.average.update()
-        values = {"loss": total, "grad_norm": norm}
-        if args.method != "dpo":
-            values |= {"beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item()}
-        return values
-
-    @torch.no_grad()
-    def evaluate(self):
-        """-> metrics over every prompt, with the same noises each time and whatever the seed; the images, on the CPU."""
-        args, rows = self.args, torch.arange(len(self.prompts)).repeat_interleave(self.args.eval_samples)
-        x0, t, noise = (draw.to(args.device) for draw in evaluate.draws(len(rows), self.shape))
-        with self.average.applied():
-            x1, images, scores = self.roll_out(rows, x0)
-            x_t, _ = adrpo.interpolate(noise, x1, t)
-            parts = torch.arange(len(rows)).split(args.rollout_batch or len(rows))
-            v = torch.cat([self.velocity(self.policy, x_t[part], t[part], rows[part]) for part in parts])
-        v_ref = torch.cat([self.reference_velocity(x_t[part], t[part], rows[part]) for part in parts])
-        with self.reward.on(args.device):
-            embeddings = [self.reward.embed_images(images[part]) for part in parts]
-        embeddings = None if embeddings[0] is None else torch.cat(embeddings)
-        values = metrics.of_images(images, scores, embeddings, args.eval_samples) | {"w2": metrics.w2_divergence(v, v_ref)}
-        if self.judge:
-            values |= self.judge.evaluate(images, [self.prompts[row] for row in rows])
-        return values, images
-
-    def save(self, folder):
-        """Writes what is trained. -> where"""
-        with self.average.applied():
-            if self.args.lora_rank:
-                lora.save(self.policy.transformer, folder / "adapter")
-                return folder / "adapter"
-            self.policy.save_pretrained(folder / "model")
-            return folder / "model"
-
-
-def main(argv=None):
-    args = parse(argv)
-    runtime.refuse_used_folder(args.out)
-    run = Run(args)
-    out = runtime.open_run_folder(args.out)
-    config = {name: value for name, value in vars(args).items() if name != "out"}
-    weights.write_json(out / "config.json", config)
-    print(json.dumps(config))
-
-    log, saved = runtime.Log(out / "metrics.jsonl", args.rounds), "none yet"
-    with runtime.at_round(0, saved):
-        first, before = run.evaluate()
-    log.write(0, {"eval": first})
-    for step in range(1, args.rounds + 1):
-        with runtime.at_round(step, saved):
-            rows = torch.randint(len(run.prompts), (args.prompts_per_round,), generator=run.generator)
-            rows = rows.repeat_interleave(args.group_size)  # [N], the samples of one prompt contiguous
-            x1, _, scores = run.roll_out(rows, run.noise(len(rows), run.generator))  # x1 ~ p_θ of this round
-            reward = scores["reward"].to(args.device)
-            spread = reward.reshape(-1, args.group_size).std(dim=1).mean().item()
-            if step == 1:
-                print(f"β0 = {args.beta0:g}; the reward's standard deviation within a group is {spread:.3g} (A has its unit)")
-            values = {name: score.mean().item() for name, score in scores.items()} | {"reward_std": spread}
-            with run.phases("update"):
-                values |= run.update(rows, x1, reward)
-            spent = run.phases.take()
-            if step % args.eval_every == 0 or step == args.rounds:
-                values["eval"], after = run.evaluate()
-                saved = f"{run.save(out)} (round {step})"
-                if args.keep_checkpoints:
-                    run.save(out / f"round-{step}")
-                run.phases.take()
-        log.write(step, values, spent)
-
-    last = values["eval"]
-    print("\n".join(f"{name:16s} {first[name]:8.4f} -> {last[name]:8.4f}" for name in first))
-    picture(run, out / "before_after.png", before=(first, before), after=(last, after))
-    plots.curves(out / "curves.png", out / "metrics.jsonl", "pixel_diversity")
-    return last
-
-
-def picture(run, file, **panels):
-    """The samples of ten prompts, evenly spread, from one evaluation a panel."""
-    size = run.args.eval_samples
-    shown = torch.linspace(0, len(run.prompts) - 1, min(10, len(run.prompts))).long()
-    rows = (shown[:, None] * size + torch.arange(size)).flatten()
-    title = "{}: " + ", ".join(f"{name} {{{name}:.3g}}" for name in ("reward", "joint") if name != "joint" or run.judge)
-    grids = {title.format(name, **values): images[rows] for name, (values, images) in panels.items()}
-    plots.grids(file, grids, [run.prompts[row] for row in shown])
-
-
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

@@ -2,7 +2,7 @@
 
     python bench/rollouts.py --threads 1
 
-The demo's base model samples its own problems at temperature 1, 22 new tokens at most. Both libraries take turns in one process,
+The demo's base model samples its own problems at temperature 1, at most 22 new tokens. Both libraries take turns in a process,
 so that what else the machine does falls on both. Only tokens of completions count, each up to and including its end: those that
 fill up rows that have ended do not.
 """
@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from nano_adrpo import chat
-from nano_adrpo.demo import arithmetic
+from nano_adrpo.demo import GRPO
+from nano_adrpo.language import chat
 from nano_adrpo.models.decoder import Decoder
+from nano_adrpo.rewards.text import read_problems
 
 EXAMPLE = "12+39=c2+9=11,1+3+1=5####51"
 SHAPES = {  # problems, samples of each, what stands before every problem
@@ -37,10 +38,9 @@ def main():
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
 
-    folder = arithmetic.HERE / "arithmetic_base"
-    ours = Decoder.from_pretrained(folder, device=args.device)
-    theirs = AutoModelForCausalLM.from_pretrained(folder).to(args.device)
-    tokenizer, limit, eos = chat.tokenizer_of(ours), arithmetic.LONGEST, chat.stop_ids(ours)
+    ours = Decoder.from_pretrained(GRPO["model"], device=args.device)
+    theirs = AutoModelForCausalLM.from_pretrained(GRPO["model"]).to(args.device)
+    tokenizer, limit, eos = chat.tokenizer_of(ours), GRPO["max_new_tokens"], chat.stop_ids(ours)
 
     def generate(ids, mask, samples):
         ids, mask = ids.repeat_interleave(samples, dim=0), mask.repeat_interleave(samples, dim=0)
@@ -50,15 +50,16 @@ def main():
     def transformers_generate(ids, mask, samples):
         return theirs.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            num_return_sequences=samples, eos_token_id=eos, pad_token_id=arithmetic.PAD,
+            num_return_sequences=samples, eos_token_id=eos, pad_token_id=theirs.generation_config.pad_token_id,
         )  # fmt: skip
 
+    questions = [problem.question for problem in read_problems(GRPO["held_out"])]
     print("| rollouts | nano_adrpo | transformers | ratio |\n| --- | ---: | ---: | ---: |")
     for name, (problems, samples, before) in SHAPES.items():
-        texts = [f"{before}{a}+{b}=" for a, b in arithmetic.problems()[1][:problems]]
+        texts = [before + question for question in questions[:problems]]
         ids, mask = chat.encode_prompts(tokenizer, texts, 64, device=args.device)
         speeds = [], []
-        for repeat in range(args.repeats + 1):
+        for _ in range(args.repeats + 1):
             for speed, run in zip(speeds, (generate, transformers_generate)):
                 start = time.perf_counter()
                 completions = run(ids, mask, samples)[:, ids.shape[1] :]

@@ -4,7 +4,7 @@
     python bench/sd3_memory.py --resolution 512               # random weights of full size, on CUDA
     python bench/sd3_memory.py --resolution 1024 --micro-batch 4
 
-bfloat16 weights, rank-32 adapters with float32 Adam, gradient checkpointing per block, the autoencoder one image at a time, CLIP
+bfloat16 weights, rank-32 adapters, float32 Adam, gradient checkpointing per block, the autoencoder one image at a time, CLIP
 L/14 in float32 on the GPU only while it scores, prompt embeddings made before. 1 GB is 10⁹ bytes.
 """
 
@@ -19,7 +19,8 @@ from nano_adrpo import adrpo, lora
 from nano_adrpo.models import mmdit, vae
 
 SD3 = mmdit.Config(
-    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
+    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+    num_attention_heads=24,
     joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192,
 )  # fmt: skip
 VAE = vae.Config(latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
@@ -55,7 +56,7 @@ def transformer(device):
 
 def inputs(batch, resolution, device):
     side = resolution // 8
-    options = dict(device=device, dtype=torch.bfloat16)
+    options = {"device": device, "dtype": torch.bfloat16}
     latents, context = torch.empty(batch, 16, side, side, **options), torch.empty(batch, TOKENS, 4096, **options)
     pooled = torch.empty(batch, 2048, **options)
     return [latents.normal_(), torch.full((batch,), 0.5, device=device), context.normal_(), pooled.normal_()]
@@ -176,7 +177,8 @@ def main():
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA GPU here; --paper computes the budget from shapes")
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}\n\n| phase | seconds | peak GB |\n| --- | ---: | ---: |"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}\n\n"
+        "| phase | seconds | peak GB |\n| --- | ---: | ---: |"
     )
     for name, (seconds, peak) in measure(args.resolution, args.micro_batch, args.rollout_batch).items():
         print(f"| {name} | {seconds:.3f} | {peak / 1e9:.1f} |")

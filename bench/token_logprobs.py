@@ -3,8 +3,8 @@
     python bench/token_logprobs.py
     python bench/token_logprobs.py --device cuda --dtype bfloat16
 
-The model has Qwen2.5's vocabulary of 151,936 tokens and the 0.5B model's width, and one layer: the memory in question is that of the
-logits. Each way runs in a process of its own. On the CPU the peak is the process's largest resident memory, on CUDA the largest that
+The model has Qwen2.5's vocabulary of 151,936 tokens, the 0.5B model's width and one layer: the memory in question is the
+logits'. Each way runs in a process of its own. On the CPU the peak is the process's most resident memory, on CUDA the most that
 torch allocated; the model's own weights and gradients, which both ways need, are part of it and printed beside it.
 """
 
@@ -23,7 +23,7 @@ WAYS = ("plain", "chunked")
 
 
 def measure(args):
-    """One way in this process -> {"before": GiB of weights and gradients and, on the CPU, of Python, "peak": GiB, "seconds", "loss"}."""
+    """One way in this process -> {"before": GiB of weights, gradients and (CPU) Python, "peak": GiB, "seconds", "loss"}."""
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     config = Config("qwen2", 151936, 896, 4864, 1, 14, 32768, num_key_value_heads=2, tie_word_embeddings=True)
@@ -66,19 +66,21 @@ def main():
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     peaks = []
     for way in WAYS:
-        run = subprocess.run([sys.executable, *sys.argv, "--way", way], capture_output=True, text=True)
+        run = subprocess.run([sys.executable, *sys.argv, "--way", way], check=False, capture_output=True, text=True)
         if run.returncode:
             sys.exit(
                 f"error: {way}: {run.stderr.strip().splitlines()[-1] if run.stderr else f'killed by signal {-run.returncode}'}"
             )
         got = json.loads(run.stdout)
         peaks.append(got)
-        numbers = f"{got['before']:.2f} | {got['peak']:.2f} | {got['peak'] - got['before']:.2f} | {got['seconds']:.1f} | {got['loss']:.6f}"
+        memory = f"{got['before']:.2f} | {got['peak']:.2f} | {got['peak'] - got['before']:.2f}"
+        numbers = f"{memory} | {got['seconds']:.1f} | {got['loss']:.6f}"
         print(f"| {way} | {numbers} |", flush=True)
     plain, chunked = peaks
     above = [numbers["peak"] - numbers["before"] for numbers in peaks]
     print(
-        f"\nchunked / plain: {chunked['peak'] / plain['peak']:.3f} in all, {above[1] / above[0]:.3f} above weights and gradients"
+        f"\nchunked / plain: {chunked['peak'] / plain['peak']:.3f} in all, "
+        f"{above[1] / above[0]:.3f} above weights and gradients"
     )
 
 

@@ -8,7 +8,7 @@
 A model is NAME=MODEL or NAME=MODEL+ADAPTER or, of any other system, NAME=FOLDER of images PROMPT_SAMPLE.png, both counted from
 0 (0007_03.png), in seed0/, seed1/, … if there are several seeds. NAME@STEP is one checkpoint of a run: the table has the last,
 the picture all. A name (or name and step) given again is another training run of the same method. The first model is the
-base, from which W2 is measured. All models start from the same noises.
+reference, from which W2 is measured. All models start from the same noises.
 
 Written to --out: table.md and results.json (mean ± standard error, over training runs where a model has several, else over the
 seeds of the noise), reward_….png, side_by_side.png, and images/. An evaluation that was interrupted goes on where it stopped:
@@ -16,21 +16,27 @@ what has been scored is not looked at again, so a model or reward that changed o
 """
 
 import re
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from nano_adrpo import compare, images, lora, metrics, plots, prompts, rewards, runtime, weights
-from nano_adrpo.adrpo import interpolate
-from nano_adrpo.demo import digits
-from nano_adrpo.runtime import positive
-from nano_adrpo.text_to_image import TextToImage
-
-SHOWN = 10  # prompts, evenly spread, whose images are kept
+from nano_adrpo import files, lora, rewards
+from nano_adrpo.demo import FLOW
+from nano_adrpo.errors import InputError, MissingFile, Parser, about, run_command
+from nano_adrpo.evaluation import plots, tables
+from nano_adrpo.evaluation.images import evaluate, score
+from nano_adrpo.files.png import read_png, write_png
+from nano_adrpo.rewards.images import parse as parse_rewards
+from nano_adrpo.text_to_image import TextToImage, prompts
+from nano_adrpo.training.options import DTYPES, device, positive
+from nano_adrpo.training.run import new_folder
 
 
 class Entry(NamedTuple):
+    """One model of --models."""
+
     name: str
     step: int | None
     what: str  # as on the command line
@@ -42,19 +48,40 @@ class Entry(NamedTuple):
     def title(self):
         return self.name if self.step is None else f"{self.name}@{self.step}"
 
+    @property
+    def is_images(self):
+        """Whether it is images of another system, not a model (whose folder may show some, as SD3's does)."""
+        path = Path(self.model)
+        return (
+            path.is_dir()
+            and not (path / "transformer").is_dir()
+            and any(next(folder.glob("*.png"), None) for folder in (path, path / "seed0"))
+        )
+
+    def seeds(self, wanted):
+        """How many seeds it has: of images in one folder, one."""
+        return 1 if self.is_images and not (Path(self.model) / "seed0").is_dir() else wanted
+
+    def image_files(self, seed, count, samples):
+        """The files of one seed's images of `count` prompts, those of one prompt contiguous."""
+        folder = Path(self.model)
+        folder = folder / f"seed{seed}" if (folder / "seed0").is_dir() else folder
+        return [folder / image_name(row, sample) for row in range(count) for sample in range(samples)]
+
+
+def image_name(prompt, sample):
+    return f"{prompt:04d}_{sample:02d}.png"
+
 
 def parse(argv=None):
-    parser = runtime.Parser(__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument_group("what").add_argument
-    add(
-        "--models",
-        nargs="+",
-        required=True,
-        help="NAME[@STEP]=MODEL, MODEL+ADAPTER or a folder of images; the first is the base",
-    )
+    models = "NAME[@STEP]=MODEL, MODEL+ADAPTER or a folder of images; the first is the reference"
+    add("--models", nargs="+", required=True, help=models)
     add("--base", help="folder for the parts that a MODEL lacks, as a single file its tokenizers")
     add("--prompts", help="one prompt a line, or JSON lines with \"prompt\"; default: the demo's 40, with the demo's judge")
-    add("--rewards", nargs="+", default=[str(digits.HERE / "clip")], help="NAME:FOLDER[@WEIGHT] …, see nano_adrpo/rewards.py")
+    add("--rewards", nargs="+", default=FLOW["reward"], help="NAME:FOLDER[@WEIGHT] …, see nano_adrpo/rewards")
+    add("--judge", help="FILE.py:FUNCTION of more metrics, see nano_adrpo/evaluation/images.py; default: none with --prompts")
     add("--clip-diversity", choices=("normalized", "projected"), default="normalized", help="projected has the paper's scale")
     add = parser.add_argument_group("sampling").add_argument
     add("--seeds", type=positive(int), default=3, help="noises, from 0; 0 is the training script's evaluation")
@@ -64,20 +91,18 @@ def parse(argv=None):
     add("--guidance", type=positive(float), default=1.0, help="classifier-free guidance scale; 1 is none")
     add("--negative-prompt", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side in pixels; default the model's own")
-    add(
-        "--t5",
-        choices=("load", "stream", "zeros"),
-        default="load",
-        help="SD3's T5: at once, layer by layer from disk, without it",
-    )
+    t5 = "SD3's T5: at once, layer by layer from disk, without it"
+    add("--t5", choices=("load", "stream", "zeros"), default="load", help=t5)
     add = parser.add_argument_group("run").add_argument
     add("--out", default="runs/evaluation", help="folder for the results, where an earlier evaluation goes on")
     add("--batch", type=positive(int), help="images at a time; default all")
-    add("--device", type=runtime.device, default="cpu", help="torch device")
-    add("--dtype", choices=tuple(runtime.DTYPES), default="float32", help="of weights and computation; rewards are float32")
+    add("--device", type=device, default="cpu", help="torch device")
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="of weights and computation; rewards are float32")
     args = parser.parse_args(argv)
     if args.samples < 2:
-        raise ValueError("--samples 1: expected at least 2, to compare images of one prompt")
+        raise InputError("--samples 1: expected at least 2, to compare images of one prompt")
+    if not args.prompts:
+        args.prompts, args.judge = FLOW["prompts"], args.judge or FLOW["judge"]
     return args
 
 
@@ -87,246 +112,184 @@ def entries(specs):
     for spec in specs:
         match = re.fullmatch(r"([^=@/]+)(?:@(\d+))?=(.+)", spec)
         if not match:
-            raise ValueError(f"--models {spec!r}: expected NAME=MODEL, NAME=MODEL+ADAPTER or NAME@STEP=…")
+            raise InputError(f"--models {spec!r}: expected NAME=MODEL, NAME=MODEL+ADAPTER or NAME@STEP=…")
         name, step, what = match[1], match[2] and int(match[2]), match[3]
-        model, plus, adapter = (what, "", "") if Path(what).exists() else what.rpartition("+")
+        model, _, adapter = (what, "", "") if Path(what).exists() else what.rpartition("+")
         for path in filter(None, (model or what, adapter)):
             if not Path(path).exists():
-                raise FileNotFoundError(f"--models {spec!r}: {path}: no such file or folder")
+                raise MissingFile(f"--models {spec!r}: {path}: no such file or folder")
         run = sum((entry.name, entry.step) == (name, step) for entry in found)
         found.append(Entry(name, step, what, model, adapter or None, run))
     return found
 
 
 class Evaluation:
+    """The models, prompts, rewards and judge of a command line, and the folder with what has been measured."""
+
     def __init__(self, args):
         self.args, self.entries = args, entries(args.models)
-        self.prompts = prompts.read_prompts(args.prompts) if args.prompts else digits.PROMPTS
-        self.judge = None if args.prompts else digits.Judge.from_pretrained(digits.HERE / "judge")
-        self.reward = rewards.parse(args.rewards)
-        self.out, self.dtype = Path(args.out), runtime.DTYPES[args.dtype]
-        self.rows = torch.arange(len(self.prompts)).repeat_interleave(args.samples)
-        self.parts = torch.arange(len(self.rows)).split(args.batch or len(self.rows))
-        self.loaded = {}  # the base's and the current entry's model and condition
+        self.reference = self.entries[0]
+        self.prompts = prompts.read_prompts(args.prompts)
+        with about("--judge"):
+            self.judge = rewards.function(args.judge) if args.judge else None
+        self.reward = parse_rewards(args.rewards)
+        self.out, self.dtype = Path(args.out), DTYPES[args.dtype]
+        self.loaded = {}  # of the reference and of the current entry: what `load` gives
         self.check()
         self.open()
 
     def check(self):
-        """What would stop the evaluation later is refused now, from file names and headers."""
-        args, base, images_only = self.args, None, {}
+        """Refuses what would stop the evaluation later, from file names and headers."""
+        first, images_only = None, {}
         for entry in self.entries:
-            if images_only.setdefault(entry.name, is_images(entry.model)) != is_images(entry.model):
-                raise ValueError(f"--models {entry.what}: {entry.name} is images and a model; expected one of them to a name")
-            if is_images(entry.model):
-                for seed in range(seeds_of(entry, args.seeds)):
-                    files = image_files(Path(entry.model), seed, len(self.prompts), args.samples)
-                    if missing := next((file for file in files if not file.is_file()), None):
-                        raise FileNotFoundError(f"{missing}: no such file; expected {args.samples} images of every prompt")
+            if images_only.setdefault(entry.name, entry.is_images) != entry.is_images:
+                raise InputError(f"--models {entry.what}: {entry.name} is images and a model; expected one of them to a name")
+            if entry.is_images:
+                for seed in range(entry.seeds(self.args.seeds)):
+                    wanted = entry.image_files(seed, len(self.prompts), self.args.samples)
+                    if missing := next((file for file in wanted if not file.is_file()), None):
+                        raise MissingFile(f"{missing}: no such file; expected {self.args.samples} images of every prompt")
                 continue
-            model = TextToImage.from_pretrained(entry.model, self.dtype, "meta", args.base, encoders=False)
+            model = TextToImage.from_pretrained(entry.model, self.dtype, "meta", self.args.base, encoders=False)
             if entry.adapter:
                 lora.load(model.transformer, entry.adapter)
-            shape, base = self.shape(model), base or (entry.what, self.shape(model))
-            if shape != base[1]:
-                raise ValueError(f"--models {entry.what}: latents {list(shape)}; expected {list(base[1])}, those of {base[0]}")
+            shape = self.shape(model)
+            first = first or (entry.what, shape)
+            if shape != first[1]:
+                raise InputError(
+                    f"--models {entry.what}: latents {list(shape)}; expected {list(first[1])}, those of {first[0]}"
+                )
 
     def open(self):
-        """A folder of another evaluation is refused."""
-        kept = ("models", "out", "device", "batch")  # may differ from call to call; models have results of their own
-        options = {name: value for name, value in vars(self.args).items() if name not in kept} | {"texts": self.prompts}
+        """Creates the folder, or continues the evaluation in it; refuses the folder of another evaluation."""
+        free = ("models", "out", "device", "batch")  # may differ from call to call; models have results of their own
+        options = {name: value for name, value in vars(self.args).items() if name not in free} | {"prompts": self.prompts}
         config = self.out / "config.json"
         if config.is_file():
-            for name, value in weights.read_json(config).items():
+            for name, value in files.read_json(config).items():
                 if value != options.get(name):
-                    raise ValueError(
-                        f"--out {self.out}: holds an evaluation with another --{name.replace('_', '-')} ({value!r})"
-                    )
+                    other = f"--{name.replace('_', '-')} ({textwrap.shorten(repr(value), 80)})"
+                    raise InputError(f"--out {self.out}: holds an evaluation with another {other}")
         else:
-            runtime.open_run_folder(self.out)
-            weights.write_json(config, options)
+            new_folder(self.out)
+            files.write_json(config, options)
         (self.out / "scores").mkdir(exist_ok=True)
 
     def shape(self, model):
         """[C, H, W] of its latents."""
-        with runtime.about("--resolution"):
+        with about("--resolution"):
             return model.latent_shape_at(self.args.resolution) if self.args.resolution else model.latent_shape
 
     def load(self, entry):
-        """-> TextToImage and the Condition of all prompts and, last, the negative one."""
+        """-> TextToImage, the Condition of all prompts, the Condition of the negative one."""
         if entry not in self.loaded:
-            args, base = self.args, self.entries[0]
-            self.loaded = {base: self.loaded[base]} if base in self.loaded else {}
+            args = self.args
+            self.loaded = {kept: model for kept, model in self.loaded.items() if kept == self.reference}
             file = self.out / "embeddings" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', entry.model)}.safetensors"
-            texts = [*self.prompts, args.negative_prompt]
-            condition = prompts.cached(file, texts, entry.model, self.dtype, args.device, args.base, args.t5)
+            condition, negative = prompts.cached(
+                file, self.prompts, args.negative_prompt, entry.model, self.dtype, args.device, args.base, args.t5
+            )
             model = TextToImage.from_pretrained(entry.model, self.dtype, args.device, args.base, encoders=False)
             if entry.adapter:
                 lora.load(model.transformer, entry.adapter)
-            self.loaded[entry] = model, condition
+            self.loaded[entry] = model, condition, negative
         return self.loaded[entry]
 
-    @torch.no_grad()
-    def draw(self, entry, seed):
-        """-> images [P · samples, C, H, W], on the CPU, and {"w2": divergence from the base}, {} where either is images."""
-        if is_images(entry.model):
-            return read_images(Path(entry.model), seed, len(self.prompts), self.args.samples), {}
-        (model, condition), args = self.load(entry), self.args
-        x0, t, noise = (x.to(args.device) for x in draws(len(self.rows), self.shape(model), seed))
-        times, negative = model.times(args.steps, args.shift), torch.full_like(self.rows, -1)
-        x1 = [
-            model.sample(x0[part], condition[self.rows[part]], times, condition[negative[part]], args.guidance)
-            for part in self.parts
-        ]
-        drawn = torch.cat([model.decode(latents).float().cpu() for latents in x1])
-        if is_images(self.entries[0].model):
-            return drawn, {}
-        x_t, _ = interpolate(noise, torch.cat(x1), t)
-        v, v_ref = (
-            torch.cat([model.velocity(x_t[part], t[part], condition[self.rows[part]]) for part in self.parts])
-            for model, condition in (self.load(entry), self.load(self.entries[0]))
-        )
-        return drawn, {"w2": metrics.w2_divergence(v, v_ref)}
+    def measure(self, entry, seed):
+        """-> {metric: number} of one model with one noise, and its images [P · samples, C, H, W], on the CPU."""
+        args, normalize = self.args, self.args.clip_diversity == "normalized"
+        if entry.is_images:
+            texts = [prompt for prompt in self.prompts for _ in range(args.samples)]
+            images = read_images(entry.image_files(seed, len(self.prompts), args.samples))
+            values, _ = score(images, texts, args.samples, self.reward, self.judge, args.device, args.batch, normalize)
+            return values, images
+        model, condition, negative = self.load(entry)
+        values, images, _ = evaluate(
+            model, condition, self.prompts, self.reward, self.judge,
+            None if self.reference.is_images else self.reference_velocity,
+            shape=self.shape(model), times=model.times(args.steps, args.shift), negative=negative, guidance=args.guidance,
+            samples=args.samples, seed=seed, batch=args.batch, device=args.device, normalize=normalize,
+        )  # fmt: skip
+        return values, images
 
-    def score(self, entry, seed):
+    def reference_velocity(self, x, t, rows):
+        model, condition, _ = self.load(self.reference)
+        return model.velocity(x, t, condition[rows])
+
+    def measured(self, entry, seed):
         """-> {metric: number} of one model with one noise, from disk where it is there."""
         file = self.out / "scores" / f"{entry.title}.{entry.run}.seed{seed}.json"
         if file.is_file():
-            stored = weights.read_json(file)
-            if stored.pop("model", None) != entry.what:
-                raise ValueError(f"{file}: holds another model's scores than {entry.what}; expected another --out, or name")
-            if (base := stored.pop("base", None)) != self.entries[0].what:
-                raise ValueError(
-                    f"{file}: was measured from the base {base}, not {self.entries[0].what}; expected another --out"
+            values = files.read_json(file)
+            if values.pop("model", None) != entry.what:
+                raise InputError(f"{file}: holds another model's scores than {entry.what}; expected another --out, or name")
+            if (reference := values.pop("reference", None)) != self.reference.what:
+                raise InputError(
+                    f"{file}: was measured from the reference {reference}, not {self.reference.what}; expected another --out"
                 )
-            return stored
-        drawn, w2 = self.draw(entry, seed)
-        if self.judge and drawn.shape[1:] != (1, 8, 8):
-            raise ValueError(
-                f"--models {entry.what}: images {list(drawn.shape[1:])}; expected the demo's, [1, 8, 8], or --prompts"
-            )
-        texts = [self.prompts[row] for row in self.rows]
-        with self.reward.on(self.args.device):
-            scores = [self.reward(drawn[part], [texts[i] for i in part]) for part in self.parts]
-            embeddings = [self.reward.embed_images(drawn[part]) for part in self.parts]
-        scores = {name: torch.cat([score[name] for score in scores]) for name in scores[0]}
-        embeddings = None if embeddings[0] is None else torch.cat(embeddings)
-        normalize = self.args.clip_diversity == "normalized"
-        values = metrics.of_images(drawn, scores, embeddings, self.args.samples, normalize) | w2
-        if self.judge:
-            values |= self.judge.evaluate(drawn, texts)
+            return values
+        with about(f"--models {entry.what}"):
+            values, images = self.measure(entry, seed)
         if seed == entry.run == 0:
             folder = self.out / "images" / entry.title
             folder.mkdir(parents=True, exist_ok=True)
-            for row in shown(len(self.prompts)):
+            for row in plots.shown(len(self.prompts)):
                 for sample in range(self.args.samples):
-                    images.write_png(folder / image_name(row, sample), drawn[row * self.args.samples + sample])
-        weights.write_json(file, {"model": entry.what, "base": self.entries[0].what, **values})
+                    write_png(folder / image_name(row, sample), images[row * self.args.samples + sample])
+        files.write_json(file, {"model": entry.what, "reference": self.reference.what, **values})
         return values
 
-    def run(self):
-        """-> a row per name: {"setting", "final": {metric: (mean, error)}, "path": [means, a checkpoint each]}."""
-        results = {}
+    def rows(self):
+        """Measures what has not been measured. -> a row (see tables.py) per name."""
+        results = {}  # name -> step -> run -> [{metric: number} for each seed]
         for number, entry in enumerate(self.entries, 1):
-            for seed in range(seeds_of(entry, self.args.seeds)):
-                results.setdefault((entry.name, entry.step), {}).setdefault(entry.run, []).append(self.score(entry, seed))
+            for seed in range(entry.seeds(self.args.seeds)):
+                values = self.measured(entry, seed)
+                steps = results.setdefault(entry.name, {})
+                steps.setdefault(entry.step or 0, {}).setdefault(entry.run, []).append(values)
                 print(f"{number}/{len(self.entries)}  {entry.title} run {entry.run} seed {seed}", flush=True)
-        rows = {}
-        for (name, _), runs in sorted(results.items(), key=lambda item: item[0][1] or 0):
-            final = summary(list(runs.values()))
-            row = rows.setdefault(name, {"setting": name, "lr": None, "path": []})
-            row["path"].append({metric: mean for metric, (mean, _) in final.items()})
-            row["final"] = final  # of the last step
-        return [rows[name] for name in dict.fromkeys(entry.name for entry in self.entries)]
+        return [
+            tables.row(name, None, [list(runs.values()) for _, runs in sorted(steps.items())])
+            for name, steps in results.items()
+        ]
 
 
-def draws(count, shape, seed=0):
-    """The random numbers of an evaluation, on the CPU, equal on every machine: noise to start from; times and noises for W2."""
-    generator = torch.Generator().manual_seed(1_000_003 + seed)
-    return (
-        torch.randn(count, *shape, generator=generator),
-        torch.rand(count, generator=generator),
-        torch.randn(count, *shape, generator=generator),
-    )
-
-
-def summary(runs):
-    """[[metrics of a seed] of a training run] -> {metric: (mean, standard error)}: over runs where several, else seeds."""
-    values = {}
-    for metric in runs[0][0]:
-        means = [metrics.mean_and_standard_error([seed[metric] for seed in run])[0] for run in runs]
-        values[metric] = metrics.mean_and_standard_error(means if len(runs) > 1 else [seed[metric] for seed in runs[0]])
-    return values
-
-
-def image_name(prompt, sample):
-    return f"{prompt:04d}_{sample:02d}.png"
-
-
-def is_images(path):
-    """Whether a folder has images of another system, not a model (whose folder may show some, as SD3's does)."""
-    path = Path(path)
-    return (
-        path.is_dir()
-        and not (path / "transformer").is_dir()
-        and any(next(folder.glob("*.png"), None) for folder in (path, path / "seed0"))
-    )
-
-
-def seeds_of(entry, wanted):
-    """How many seeds an entry has: of images in one folder, one."""
-    return 1 if is_images(entry.model) and not (Path(entry.model) / "seed0").is_dir() else wanted
-
-
-def image_files(folder, seed, count, samples):
-    """The files of one seed's images, those of one prompt contiguous."""
-    folder = folder / f"seed{seed}" if (folder / "seed0").is_dir() else folder
-    return [folder / image_name(row, sample) for row in range(count) for sample in range(samples)]
-
-
-def read_images(folder, seed, count, samples):
-    """-> [count · samples, C, H, W]; FileNotFoundError names the first image that is missing."""
-    files = image_files(folder, seed, count, samples)
-    read = [images.read_png(file) for file in files]
-    for file, image in zip(files, read):
-        if image.shape != read[0].shape:
-            raise ValueError(f"{file}: is {list(image.shape)}; expected {list(read[0].shape)}, as the first of the folder")
-    return torch.stack(read)
-
-
-def shown(count):
-    """Rows of at most SHOWN prompts, evenly spread."""
-    return torch.linspace(0, count - 1, min(SHOWN, count)).long().tolist()
+def read_images(paths):
+    """-> [N, C, H, W]; InputError names the first image of another size."""
+    images = [read_png(path) for path in paths]
+    for path, image in zip(paths, images):
+        if image.shape != images[0].shape:
+            raise InputError(f"{path}: is {list(image.shape)}; expected {list(images[0].shape)}, as the first of the folder")
+    return torch.stack(images)
 
 
 def side_by_side(evaluation, file):
-    """As the paper's Figure 2: a row per prompt, a panel per model."""
-    panels, rows, samples = {}, shown(len(evaluation.prompts)), evaluation.args.samples
+    """As the paper's Figure 2: a row per prompt, a panel per model, with up to four images of each prompt."""
+    panels, rows = {}, plots.shown(len(evaluation.prompts))
+    last = {}
+    for entry in sorted(evaluation.entries, key=lambda entry: entry.step or 0):
+        last[entry.name] = entry.title  # of the last step
     for name in dict.fromkeys(entry.name for entry in evaluation.entries):
-        named = [entry for entry in evaluation.entries if entry.name == name]
-        entry = max(named, key=lambda entry: entry.step or 0)  # the last step
-        folder = evaluation.out / "images" / entry.title
-        panels[entry.name] = torch.stack(
-            [images.read_png(folder / image_name(row, sample)) for row in rows for sample in range(min(samples, 4))]
-        )
+        names = [image_name(row, sample) for row in rows for sample in range(min(evaluation.args.samples, 4))]
+        panels[name] = torch.stack([read_png(evaluation.out / "images" / last[name] / image) for image in names])
     plots.grids(file, panels, [evaluation.prompts[row] for row in rows])
 
 
 def main(argv=None):
     args = parse(argv)
     evaluation = Evaluation(args)
-    rows, out = evaluation.run(), evaluation.out
-    weights.write_json(
-        out / "results.json", {"prompts": len(evaluation.prompts), "seeds": args.seeds, "rows": compare.as_json(rows)}
-    )
-    text = f"{len(evaluation.prompts)} prompts × {args.samples} images, {args.seeds} seeds, mean ± standard error.\n\n"
-    weights.write_bytes(out / "table.md", (text + compare.table(rows, start=None)).encode())
+    rows, out = evaluation.rows(), evaluation.out
+    count = len(evaluation.prompts)
+    files.write_json(out / "results.json", {"prompts": count, "seeds": args.seeds, "rows": tables.as_json(rows)})
+    text = f"{count} prompts × {args.samples} images, {args.seeds} seeds, mean ± standard error.\n\n{tables.table(rows)}"
+    files.write_bytes(out / "table.md", text.encode())
     for x in ("clip_diversity", "pixel_diversity", "w2"):
         if all(x in row["final"] for row in rows):
-            compare.pictures(rows, x, ("reward",), out / f"reward_{x}.png")
+            plots.pictures(rows, x, ("reward",), out / f"reward_{x}.png")
     side_by_side(evaluation, out / "side_by_side.png")
-    print((out / "table.md").read_text(encoding="utf-8"))
+    print(text)
     return {row["setting"]: row["final"] for row in rows}
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

@@ -33,20 +33,6 @@ def clip_diversity(embeddings, group_size, normalize=True):
     return group_diversity(F.normalize(embeddings.float()) if normalize else embeddings, group_size)
 
 
-def of_images(images, scores, embeddings, group_size, normalize=True):
-    """What the tables say of drawn images: means of the rewards, and two diversities.
-
-    images      [N, C, H, W], those of one prompt contiguous
-    scores      {name: rewards [N]}
-    embeddings  CLIP's of the images, [N, P], for clip_diversity with `normalize`; or None, and then there is none
-    """
-    values = {name: rewards.mean().item() for name, rewards in scores.items()}
-    if embeddings is not None:
-        values["clip_diversity"] = clip_diversity(embeddings, group_size, normalize)
-    values["pixel_diversity"] = group_diversity(images.flatten(1) / images[0].numel() ** 0.5, group_size)
-    return values
-
-
 def w2_divergence(v, v_ref):
     """E|v − v_ref|², squared velocity per element: the tractable upper bound on the squared Wasserstein-2 distance between
     policy and reference (ORW-CFM-W2, arXiv 2502.06061), up to its Lipschitz factor. v, v_ref [N, ...]."""
@@ -57,6 +43,12 @@ def kl_from_reference(logp, ref_logp):
     """KL(π ‖ π_ref) in nats per token, estimated from tokens that π sampled: {"kl_k1": mean, "kl_k3": mean} (see
     adrpo.kl_divergence). k1 varies more, k3 is never negative. logp, ref_logp: of the same tokens, any one shape."""
     return {f"kl_{kind}": kl_divergence(logp, ref_logp, kind).mean().item() for kind in ("k1", "k3")}
+
+
+def clipped_tokens(logp, old_logp, mask, clip_eps):
+    """How many tokens' ratio π_θ / π_θold is beyond 1 ± ε, a 0-dimensional tensor. logp, old_logp, mask [N, T]."""
+    outside = ((logp.detach() - old_logp).exp() - 1).abs() > clip_eps
+    return (outside & mask.bool()).sum()
 
 
 def frechet_distance(a, b):

@@ -13,14 +13,19 @@ from pathlib import Path
 
 import torch
 
-from nano_adrpo import chat, images, lora, prompts, runtime, weights
+from nano_adrpo import files, lora
+from nano_adrpo.errors import InputError, Parser, about, run_command
+from nano_adrpo.files import png
+from nano_adrpo.language import chat
 from nano_adrpo.models.decoder import DEFAULTS, Decoder
-from nano_adrpo.runtime import positive
-from nano_adrpo.text_to_image import TextToImage
+from nano_adrpo.text_to_image import TextToImage, prompts
+from nano_adrpo.training import options
+from nano_adrpo.training import run as training_run
+from nano_adrpo.training.options import positive
 
 
 def parse(argv=None):
-    parser = runtime.Parser(__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument_group("inputs").add_argument
     add("--model", required=True, help="SD3 folder in diffusers' layout, Stability's single file, or a decoder's folder")
     add("--base", help="folder for the parts that --model lacks, as a single file its tokenizers")
@@ -31,17 +36,10 @@ def parse(argv=None):
     add("--out", help="FILE.png for a grid, else a folder for single images; needed for images")
     add("--steps", type=positive(int), default=28, help="integration steps from noise to image")
     add("--shift", type=positive(float), help="time-grid shift; default the model's own")
-    add(
-        "--guidance", type=positive(float), default=1.0, help="classifier-free guidance scale; 1 is none, SD3's usual is 5 to 7"
-    )
+    add("--guidance", type=positive(float), default=1.0, help="classifier-free guidance scale; 1 is none, SD3's is 5 to 7")
     add("--negative-prompt", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side in pixels; default the model's own")
-    add(
-        "--t5",
-        choices=("load", "stream", "zeros"),
-        default="load",
-        help="SD3's T5: at once, layer by layer from disk, without it",
-    )
+    add("--t5", choices=("load", "stream", "zeros"), default="load", help="SD3's T5: at once, layer by layer, without it")
     add("--tile", type=positive(int), help="decode in tiles of so many latent pixels: less memory for large images")
     add = parser.add_argument_group("text").add_argument
     add("--max-new-tokens", type=positive(int), help="tokens of a completion; default 256, or half the model's positions")
@@ -51,22 +49,22 @@ def parse(argv=None):
     add = parser.add_argument_group("both").add_argument
     add("--count", type=positive(int), default=1, help="samples of each prompt")
     add("--batch", type=positive(int), default=8, help="samples at a time")
-    add("--seed", type=runtime.seed, default=0, help="of noise and tokens")
-    add("--device", type=runtime.device, default="cpu", help="torch device")
-    add("--dtype", choices=tuple(runtime.DTYPES), help="of weights and computation; default the file's")
+    add("--seed", type=options.seed, default=0, help="of noise and tokens")
+    add("--device", type=options.device, default="cpu", help="torch device")
+    add("--dtype", choices=tuple(options.DTYPES), help="of weights and computation; default the file's")
     args = parser.parse_args(argv)
     if (args.prompt is None) == (args.prompts is None):
-        raise ValueError("--prompt and --prompts: expected one of them")
+        raise InputError("--prompt and --prompts: expected one of them")
     return args
 
 
 def is_decoder(path):
-    """Whether a model folder is a decoder language model's; ValueError where it is another model's of transformers."""
+    """Whether a model folder is a decoder language model's; InputError where it is another model's of transformers."""
     config = Path(path) / "config.json"
-    kind = weights.read_json(config).get("model_type") if config.is_file() else None
+    kind = files.read_json(config).get("model_type") if config.is_file() else None
     if kind not in (None, *DEFAULTS):
         known = f"one of {', '.join(DEFAULTS)}, or a folder in diffusers' SD3 pipeline layout"
-        raise ValueError(f"{config}: 'model_type' is {kind!r}; expected {known}")
+        raise InputError(f"{config}: 'model_type' is {kind!r}; expected {known}")
     return kind is not None
 
 
@@ -75,50 +73,45 @@ def open_model(args, dtype, device):
     model = TextToImage.from_pretrained(args.model, dtype, device, args.base, encoders=False)
     if args.adapter:
         lora.load(model.transformer, args.adapter)
-    with runtime.about("--resolution"):
+    with about("--resolution"):
         return model, model.latent_shape_at(args.resolution) if args.resolution else model.latent_shape
 
 
-@torch.no_grad()
 def draw_images(args, texts):
     """Yields P · count images [C, H, W] in [−1, 1] as they are drawn, those of one prompt in turn, on the CPU."""
-    dtype = runtime.DTYPES[args.dtype] if args.dtype else None
-    shape = open_model(args, dtype, "meta")[1]  # what does not fit is told from the headers, before the prompts are encoded
-    encoder = prompts.PromptEncoder.from_pretrained(args.model, dtype, args.device, args.base, args.t5)
-    condition = encoder.encode([*texts, args.negative_prompt], device="cpu")
-    del encoder  # it has gone before the transformer comes
+    dtype = options.DTYPES[args.dtype] if args.dtype else None
+    _, shape = open_model(args, dtype, "meta")  # reads headers only: what does not fit is told before the prompts are encoded
+    condition, negative = prompts.cached(
+        None, texts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5
+    )  # the text encoders are gone before the transformer comes
     model, _ = open_model(args, dtype, args.device)
     rows = torch.arange(len(texts)).repeat_interleave(args.count)
-    noise = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(args.seed))
+    x0 = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(args.seed))
     times = model.times(args.steps, args.shift)
-    for part in torch.arange(len(rows)).split(args.batch):
-        negative = condition[torch.full_like(part, -1)]
-        latents = model.sample(noise[part].to(args.device), condition[rows[part]], times, negative, args.guidance)
-        yield from model.decode(latents, args.tile).float().cpu()
-        print(f"{part[-1] + 1}/{len(rows)} images", flush=True)
+    for batch in torch.arange(len(rows)).split(args.batch):
+        noise = x0[batch].to(args.device)
+        _, images = model.draw(noise, condition[rows[batch]], times, negative, args.guidance, tile=args.tile)
+        yield from images
+        print(f"{batch[-1] + 1}/{len(rows)} images", flush=True)
 
 
-@torch.no_grad()
 def draw_texts(args, texts):
     """-> completions, `count` for each prompt in turn."""
-    model = Decoder.from_pretrained(args.model, runtime.DTYPES[args.dtype] if args.dtype else None, args.device)
+    model = Decoder.from_pretrained(args.model, options.DTYPES[args.dtype] if args.dtype else None, args.device)
     if args.adapter:
         lora.load(model, args.adapter)
-    with runtime.about(f"--model {args.model}"):
-        tokenizer, eos, template = chat.tokenizer_of(model), chat.stop_ids(model), chat.template_of(model)
-    asked = [template([{"role": "user", "content": text}]) if template else text for text in texts]
-    asked = [text for text in asked for _ in range(args.count)]
+    with about(f"--model {args.model}"):
+        codec = chat.TextCodec(model)
     positions = model.config.max_position_embeddings
     new = args.max_new_tokens or min(256, positions // 2)
     if new >= positions:
-        raise ValueError(f"--max-new-tokens {new}: expected less than the model's {positions} positions")
+        raise InputError(f"--max-new-tokens {new}: expected less than the model's {positions} positions")
+    questions = [text for text in texts for _ in range(args.count)]
     generator, completions = torch.Generator(args.device).manual_seed(args.seed), []
-    for start in range(0, len(asked), args.batch):
-        ids, mask = chat.encode_prompts(
-            tokenizer, asked[start : start + args.batch], positions - new, not template, args.device
-        )
-        full, seen = model.generate(ids, mask, new, args.temperature, args.top_k, args.top_p, eos=eos, generator=generator)
-        completions += chat.decode(tokenizer, full[:, ids.shape[1] :], seen)
+    for start in range(0, len(questions), args.batch):
+        ids, mask = codec.encode(questions[start : start + args.batch], positions - new, args.device)
+        full, kept = model.generate(ids, mask, new, args.temperature, args.top_k, args.top_p, codec.eos, generator)
+        completions += codec.decode(full[:, ids.shape[1] :], kept)
     return completions
 
 
@@ -127,23 +120,23 @@ def main(argv=None):
     texts = [args.prompt] if args.prompts is None else prompts.read_prompts(args.prompts)
     if is_decoder(args.model):
         if args.out:
-            raise ValueError(f"--out {args.out}: expected none, since --model writes text, which goes to the console")
+            raise InputError(f"--out {args.out}: expected none, since --model writes text, which goes to the console")
         for index, text in enumerate(draw_texts(args, texts)):
             print(f"> {texts[index // args.count]}\n{text}\n")
         return
     if not args.out:
-        raise ValueError("--out: expected FILE.png or a folder, since --model draws images")
+        raise InputError("--out: expected FILE.png or a folder, since --model draws images")
     out = Path(args.out)
     if out.suffix == ".png":
         if out.exists():
-            raise ValueError(f"--out {out}: the file exists; expected a new one")
-        runtime.make_folder(out.parent, out)
-        images.write_png(out, images.grid(torch.stack([*draw_images(args, texts)]), columns=args.count))
+            raise InputError(f"--out {out}: the file exists; expected a new one")
+        training_run.make_folder(out.parent, out)
+        png.write_png(out, png.grid(torch.stack([*draw_images(args, texts)]), columns=args.count))
         return
-    runtime.open_run_folder(out)
+    training_run.new_folder(out)
     for index, image in enumerate(draw_images(args, texts)):
-        images.write_png(out / f"{index // args.count:04d}_{index % args.count:02d}.png", image)
+        png.write_png(out / f"{index // args.count:04d}_{index % args.count:02d}.png", image)
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    run_command(main)

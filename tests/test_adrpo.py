@@ -100,8 +100,7 @@ def test_the_gradient_vanishes_at_the_stated_minimum():
     n, beta0 = 64, 1.7
     u, v_ref, advantages = draws(n, 6), draws(6, seed=1), adrpo.group_advantages(draws(n, seed=2), 8)
     v = (v_ref + (advantages[:, None] * (u - v_ref)).mean(dim=0) / beta0).requires_grad_()
-    a = adrpo.clamp_advantages(advantages, beta0, clip=100.0)
-    b = adrpo.adaptive_beta(advantages, beta0, clip=100.0)
+    a, b = adrpo.adaptive_coefficients(advantages, beta0, clip=100.0)
     adrpo.flow_loss(v.expand(n, 6), u, v_ref.expand(n, 6), a, b).backward()
     assert v.grad.abs().max() < 1e-15
 
@@ -142,8 +141,21 @@ def test_the_order_and_the_split_of_the_batch_change_nothing():
     assert adrpo.flow_loss(v[order], u[order], v_ref[order], weight[order], beta[order]).item() == pytest.approx(
         whole.item(), rel=1e-14
     )
-    halves = [adrpo.flow_loss(v[s], u[s], v_ref[s], weight[s], beta[s]) for s in (slice(0, 3), slice(3, 6))]
-    assert sum(halves).item() / 2 == pytest.approx(whole.item(), rel=1e-14)
+    thirds = [adrpo.flow_loss(v[s], u[s], v_ref[s], weight[s], beta[s], count=6) for s in (slice(0, 2), slice(2, 6))]
+    assert sum(thirds).item() == pytest.approx(whole.item(), rel=1e-14)
+    pairs = [adrpo.flow_dpo_loss(v[s], u[s], v_ref[s], [0], [1], 2.0, count=3) for s in (slice(0, 2), slice(2, 4), slice(4, 6))]
+    together = adrpo.flow_dpo_loss(v, u, v_ref, slice(0, None, 2), slice(1, None, 2), 2.0)
+    assert sum(pairs).item() == pytest.approx(together.item(), rel=1e-14)
+
+
+def test_both_coefficients_come_from_one_clamped_advantage():
+    # The mistake that this prevents: A clamped to ±8 beside a β0 − A clamped to ±β0 add up to −6 … 8 where β0 is 1.
+    advantages = torch.tensor([-20.0, -3.0, 0.5, 7.0, 20.0])
+    for clip in (8, (-8, 8), (-2.0, 9.0), None):
+        weight, beta = adrpo.adaptive_coefficients(advantages, 1.0, clip)
+        assert torch.equal(weight + beta, torch.ones(5))
+        assert torch.equal(beta, adrpo.adaptive_beta(advantages, 1.0, clip))
+    assert adrpo.adaptive_coefficients(advantages, 1.0, 8)[0].tolist() == [-8, -3, 0.5, 7, 8]
 
 
 def test_gradients_agree_with_finite_differences():
@@ -159,7 +171,7 @@ def test_the_reference_gets_no_gradient_and_inputs_stay_as_they_were():
     before = [tensor.detach().clone() for tensor in tensors]
     rewards = draws(4, seed=5)
     kept = rewards.clone()
-    weight = adrpo.clamp_advantages(adrpo.group_advantages(rewards, 2, normalize=True), 0.1)
+    weight, _ = adrpo.adaptive_coefficients(adrpo.group_advantages(rewards, 2, normalize=True), 0.1)
     (
         adrpo.flow_loss(*tensors, weight, adrpo.adaptive_beta(rewards, 0.1)) + adrpo.flow_dpo_loss(*tensors, [0], [1], 1.0)
     ).backward()
@@ -317,12 +329,15 @@ def test_adrpo_grpo_is_grpo_with_another_beta():
         adrpo.policy_loss(*(x[i : i + 1] for x in (logp, old, ref, mask, advantages)), beta=beta[i].item()) for i in range(6)
     ]
     assert adaptive.item() == pytest.approx(sum(each).item() / 6, rel=1e-12)
-    assert adrpo.policy_loss(logp, old, ref, mask, torch.zeros(6), adrpo.adaptive_beta(torch.zeros(6), 0.04)).item() == pytest.approx(
-        adrpo.policy_loss(logp, old, ref, mask, torch.zeros(6), 0.04).item())  # fmt: skip
+    zero = torch.zeros(6)
+    adaptive, fixed = (
+        adrpo.policy_loss(logp, old, ref, mask, zero, beta).item() for beta in (adrpo.adaptive_beta(zero, 0.04), 0.04)
+    )
+    assert adaptive == pytest.approx(fixed)
 
 
 def exact_gradient(theta, rewards, beta_of, group_size=2):
-    """The gradient of the expected loss of a one-token policy over every group, written out: a group (a_1 … a_G) has probability
+    """The gradient of the expected loss of a one-token policy over every group, written out: a group (a_1 … a_G) has chance
     Π π(a_i); its loss is the mean of −A_i·log π(a_i) + beta_i·k3(a_i), samples held fixed."""
     p, q = torch.softmax(theta, 0), torch.softmax(REF, 0)
     total = torch.zeros_like(theta)
@@ -356,9 +371,9 @@ def test_micro_batches_and_padding_change_nothing(average):
     logp, old, ref, mask, advantages = tokens()
     beta = adrpo.adaptive_beta(advantages, 0.5)
     whole = adrpo.policy_loss(logp, old, ref, mask, advantages, beta, average=average)
-    total = 6 if average == "sequences" else int(mask.sum())
+    count = 6 if average == "sequences" else int(mask.sum())
     parts = [
-        adrpo.policy_loss(*(x[s] for x in (logp, old, ref, mask, advantages, beta)), average=average, total=total)
+        adrpo.policy_loss(*(x[s] for x in (logp, old, ref, mask, advantages, beta)), average=average, count=count)
         for s in (slice(0, 1), slice(1, 4), slice(4, 6))
     ]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-12)
@@ -403,8 +418,7 @@ def test_advantages_and_coefficients_are_constants_of_the_loss():
     # Rewards of a network that was called outside no_grad: the policy's gradient is as if they were numbers, theirs is none.
     rewards = draws(6).requires_grad_()
     advantages = adrpo.group_advantages(rewards, 3, normalize=True)
-    beta = adrpo.adaptive_beta(advantages, 0.5)
-    weight = adrpo.clamp_advantages(advantages, 0.5)
+    weight, beta = adrpo.adaptive_coefficients(advantages, 0.5)
     logp, old, ref, mask, _ = tokens()
     v = draws(6, 4).requires_grad_()
     logp.requires_grad_()

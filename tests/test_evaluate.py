@@ -1,34 +1,41 @@
-"""evaluate: the training script's numbers, standard errors by hand, checkpoints, others' images, going on, refusals."""
+"""evaluate: the training script's numbers, checkpoints, others' images, going on, judges, refusals."""
 
-import importlib.util
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
 import train_flow
-from nano_adrpo import evaluate, images, prompts, runtime
-from nano_adrpo.demo import digits
+from nano_adrpo import errors, evaluate
+from nano_adrpo.demo import FLOW, HERE
+from nano_adrpo.evaluation import plots
+from nano_adrpo.files.png import read_png, write_png
+from nano_adrpo.rewards.images import ClipScore
+from nano_adrpo.text_to_image import TextToImage
+from nano_adrpo.text_to_image.prompts import read_prompts
 
-BASE = digits.HERE / "base"
-TRAIN = "--rounds 2 --prompts-per-round 2 --group-size 2 --inner-steps 1 --ode-steps 4 --eval-every 1 --keep-checkpoints"
+BASE = HERE / "base"
+TRAIN = "--rounds 2 --prompts-per-round 2 --group-size 2 --inner-steps 1 --ode-steps 4 --eval-every 1 --eval-samples 2"
+TRAIN += " --keep-checkpoints"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two short trainings of the demo: all weights, and adapters."""
     folder = tmp_path_factory.mktemp("runs")
-    train_flow.main([*TRAIN.split(), "--lr", "1e-3", "--out", str(folder / "full")])
-    train_flow.main([*TRAIN.split(), "--lr", "1e-2", "--lora-rank", "2", "--eval-samples", "4", "--out", str(folder / "lora")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "pyplot", lambda file: None)
+        train_flow.main([*TRAIN.split(), "--lr", "1e-3", "--out", str(folder / "full")])
+        train_flow.main([*TRAIN.split(), "--lr", "1e-2", "--lora-rank", "2", "--out", str(folder / "lora")])
     return folder
 
 
 @pytest.fixture
-def few(tmp_path):
-    """Options for an evaluation of two prompts that takes a second."""
+def few(tmp_path, monkeypatch):
+    """Options for an evaluation of two prompts without pictures, which takes a second."""
+    monkeypatch.setattr(plots, "pyplot", lambda file: None)
     (tmp_path / "prompts.txt").write_text("a bold handwritten two\na thin handwritten nine\n")
     return ["--prompts", tmp_path / "prompts.txt", "--steps", 2, "--samples", 2, "--seeds", 2, "--out", tmp_path / "out"]
 
@@ -45,23 +52,25 @@ def stored(out, name):
     return json.loads((out / "scores" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name, samples", [("full", 8), ("lora", 4)])
-def test_seed_0_is_the_training_scripts_evaluation(tmp_path, runs, name, samples):
-    tuned = runs / "full" / "model" if name == "full" else f"{BASE}+{runs / 'lora' / 'adapter'}"
-    options = ["--steps", 4, "--seeds", 1, "--samples", samples, "--out", tmp_path / "out"]
-    table = run("--models", f"base={BASE}", f"tuned={tuned}", *options)
-    expected = last(runs / name)
-    assert {metric: mean for metric, (mean, _) in table["tuned"].items()} == expected  # to the last bit
-    assert table["base"]["w2"][0] == 0 < expected["w2"] and math.isnan(table["base"]["w2"][1])
+def test_seed_0_is_the_training_scripts_evaluation(tmp_path, runs):
+    options = ["--steps", 4, "--seeds", 1, "--samples", 2, "--out", tmp_path / "out"]
+    adapted = f"{BASE}+{runs / 'lora' / 'adapter'}"
+    table = run("--models", f"base={BASE}", f"full={runs / 'full' / 'model'}", f"lora={adapted}", *options)
+    for name in ("full", "lora"):
+        assert {metric: mean for metric, (mean, _) in table[name].items()} == last(runs / name)  # to the last bit
+        assert table["base"]["w2"][0] == 0 < table[name]["w2"][0] and math.isnan(table["base"]["w2"][1])
 
 
-def test_standard_errors_are_over_seeds_or_over_training_runs(tmp_path, runs, few):
+def test_standard_errors_are_over_seeds_or_over_training_runs(tmp_path, runs, few, monkeypatch):
+    monkeypatch.undo()  # with pictures
     table = run(
         "--models", f"base={BASE}", f"tuned={runs / 'full' / 'model'}", f"tuned={runs / 'full' / 'round-1' / 'model'}", *few
     )
     out = tmp_path / "out"
     a, b = (stored(out, f"base.0.seed{seed}")["reward"] for seed in (0, 1))
-    assert table["base"]["reward"] == pytest.approx(((a + b) / 2, abs(a - b) / 2))  # s/√2 of two numbers, s = |a − b|/√2
+    assert a != b and table["base"]["reward"] == pytest.approx(
+        ((a + b) / 2, abs(a - b) / 2)
+    )  # s/√2 of two numbers, s = |a − b|/√2
     a, b = (sum(stored(out, f"tuned.{i}.seed{seed}")["reward"] for seed in (0, 1)) / 2 for i in (0, 1))
     assert table["tuned"]["reward"] == pytest.approx(((a + b) / 2, abs(a - b) / 2))
     text = (out / "table.md").read_text()
@@ -74,14 +83,14 @@ def test_standard_errors_are_over_seeds_or_over_training_runs(tmp_path, runs, fe
 
 def test_steps_make_a_path_and_the_last_is_the_table(tmp_path, runs, few, monkeypatch):
     panels = {}
-    monkeypatch.setattr(evaluate.plots, "grids", lambda file, given, texts: panels.update(given))
+    monkeypatch.setattr(plots, "grids", lambda file, given, texts: panels.update(given))
     models = [f"base={BASE}", *(f"tuned@{n}={runs / 'full' / f'round-{n}' / 'model'}" for n in (2, 1))]
     table = run("--models", *models, *few)
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     means = [sum(stored(tmp_path / "out", f"tuned@{n}.0.seed{seed}")["reward"] for seed in (0, 1)) / 2 for n in (1, 2)]
     assert [point["reward"] for point in rows[1]["path"]] == pytest.approx(means) and len(rows) == 2
     assert table["tuned"]["reward"][0] == pytest.approx(means[1])
-    assert torch.equal(panels["tuned"][0], images.read_png(tmp_path / "out" / "images" / "tuned@2" / "0000_00.png"))
+    assert torch.equal(panels["tuned"][0], read_png(tmp_path / "out" / "images" / "tuned@2" / "0000_00.png"))
 
 
 def write_images(folder, seed=0, count=2, size=8):
@@ -89,13 +98,13 @@ def write_images(folder, seed=0, count=2, size=8):
     drawn = 2 * torch.rand(2 * count, 1, size, size, generator=torch.Generator().manual_seed(seed)) - 1
     files = [folder / f"{i // 2:04d}_{i % 2:02d}.png" for i in range(2 * count)]
     for file, image in zip(files, drawn):
-        images.write_png(file, image)
-    return torch.stack([images.read_png(file) for file in files])
+        write_png(file, image)
+    return torch.stack([read_png(file) for file in files])
 
 
 def test_the_demos_judge_looks_at_the_demos_images(tmp_path):
     write_images(tmp_path / "plain", count=40, size=16)
-    with pytest.raises(ValueError, match=r"plain: images \[1, 16, 16\]; expected the demo's, \[1, 8, 8\], or --prompts"):
+    with pytest.raises(errors.InputError, match=r"plain: the demo's judge was given images \[1, 16, 16\]; expected its own"):
         run("--models", f"x={tmp_path / 'plain'}", "--samples", 2, "--out", tmp_path / "out")
 
 
@@ -104,10 +113,8 @@ def test_images_of_another_system_enter_the_table(tmp_path, few):
         write_images(tmp_path / "seeded" / f"seed{seed}", seed)
     drawn = write_images(tmp_path / "plain", 3)
     table = run("--models", f"base={BASE}", f"seeded={tmp_path / 'seeded'}", f"plain={tmp_path / 'plain'}", *few)
-    from nano_adrpo.rewards import ClipScore
-
     texts = ["a bold handwritten two"] * 2 + ["a thin handwritten nine"] * 2
-    assert table["plain"]["reward"][0] == pytest.approx(ClipScore(digits.HERE / "clip")(drawn, texts).mean().item(), rel=1e-5)
+    assert table["plain"]["reward"][0] == pytest.approx(ClipScore(HERE / "clip")(drawn, texts).mean().item(), rel=1e-5)
     assert "w2" not in table["plain"] and math.isnan(table["plain"]["reward"][1]) and table["seeded"]["reward"][1] > 0
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     results = (tmp_path / "out" / "results.json").read_text()
@@ -120,7 +127,7 @@ def test_images_of_another_system_enter_the_table(tmp_path, few):
 
 def test_a_models_folder_may_show_images(tmp_path, few):
     shutil.copytree(BASE, tmp_path / "base")
-    images.write_png(tmp_path / "base" / "example.png", torch.zeros(3, 4, 4))  # as the public SD3 folder does
+    write_png(tmp_path / "base" / "example.png", torch.zeros(3, 4, 4))  # as the public SD3 folder does
     a, b = (
         run("--models", f"base={folder}", *few[:-1], tmp_path / f"out{i}") for i, folder in enumerate((BASE, tmp_path / "base"))
     )
@@ -128,7 +135,7 @@ def test_a_models_folder_may_show_images(tmp_path, few):
 
 
 def test_what_fails_late_is_refused_at_once(tmp_path, few, runs, monkeypatch):
-    monkeypatch.setattr(evaluate.Evaluation, "draw", lambda *args: pytest.fail("work has begun"))
+    monkeypatch.setattr(evaluate.Evaluation, "measure", lambda *args: pytest.fail("work has begun"))
     write_images(tmp_path / "plain")
     write_images(tmp_path / "seeded" / "seed0")
     (tmp_path / "nothing").mkdir()
@@ -152,7 +159,7 @@ def test_what_fails_late_is_refused_at_once(tmp_path, few, runs, monkeypatch):
 
 def test_images_of_several_sizes_are_refused(tmp_path, few):
     write_images(tmp_path / "plain")
-    images.write_png(tmp_path / "plain" / "0001_01.png", torch.zeros(1, 9, 8))
+    write_png(tmp_path / "plain" / "0001_01.png", torch.zeros(1, 9, 8))
     with pytest.raises(ValueError, match=r"0001_01.png: is \[1, 9, 8\]; expected \[1, 8, 8\]"):
         run("--models", f"plain={tmp_path / 'plain'}", *few)
 
@@ -160,15 +167,15 @@ def test_images_of_several_sizes_are_refused(tmp_path, few):
 def test_an_interrupted_evaluation_goes_on(tmp_path, few, runs, monkeypatch):
     models = ["--models", f"base={BASE}", f"tuned={runs / 'full' / 'model'}"]
     whole = run(*models, *few[:-1], tmp_path / "whole")
-    drawn, draw = [], evaluate.Evaluation.draw
+    drawn, measure = [], evaluate.Evaluation.measure
 
     def watched(self, entry, seed):
         if len(drawn) == 3:
             raise KeyboardInterrupt
         drawn.append((entry.name, seed))
-        return draw(self, entry, seed)
+        return measure(self, entry, seed)
 
-    monkeypatch.setattr(evaluate.Evaluation, "draw", watched)
+    monkeypatch.setattr(evaluate.Evaluation, "measure", watched)
     with pytest.raises(KeyboardInterrupt):
         run(*models, *few)
     drawn.clear()
@@ -186,8 +193,8 @@ def test_another_evaluation_in_the_same_folder_is_refused(tmp_path, few, runs):
         run("--models", f"base={runs / 'full' / 'model'}", *few)
     both = ["--models", f"base={BASE}", f"tuned={runs / 'full' / 'model'}"]
     run(*both, *few)
-    with pytest.raises(ValueError, match=r"was measured from the base .*demo/base, not .*; expected another --out"):
-        run(both[0], both[2], both[1], *few)  # the divergence from the base would be another's
+    with pytest.raises(ValueError, match=r"was measured from the reference .*demo/base, not .*; expected another --out"):
+        run(both[0], both[2], both[1], *few)  # W2 would be another's
     file = tmp_path / "out" / "scores" / "base.0.seed0.json"
     file.write_text(json.dumps({"reward": 1.0}))  # of another program
     with pytest.raises(ValueError, match="base.0.seed0.json: holds another model's scores"):
@@ -198,10 +205,18 @@ def test_another_evaluation_in_the_same_folder_is_refused(tmp_path, few, runs):
         run("--models", f"base={BASE}", *few, "--out", tmp_path / "used")
 
 
-def test_batches_change_nothing(tmp_path, few):
+def test_batches_change_nothing(tmp_path, few, monkeypatch):
+    batches, draw = [], TextToImage.draw
+
+    def watched(self, x0, condition, times, negative, guidance, method, batch):
+        batches.append(batch)
+        return draw(self, x0, condition, times, negative, guidance, method, batch)
+
+    monkeypatch.setattr(TextToImage, "draw", watched)
     a = run("--models", f"base={BASE}", *few)
     b = run("--models", f"base={BASE}", *few[:-1], tmp_path / "batched", "--batch", 3)
     assert {m: v[0] for m, v in a["base"].items()} == pytest.approx({m: v[0] for m, v in b["base"].items()}, rel=1e-4)
+    assert batches == [None, None, 3, 3]
 
 
 def test_the_diversity_of_embeddings_as_they_are(tmp_path, few):
@@ -216,38 +231,26 @@ def test_a_reward_of_ones_own_alone(tmp_path, few):
     assert set(table["base"]) == {"reward", "pixel_diversity", "w2"}
 
 
-def test_without_matplotlib_it_says_what_it_left_out(tmp_path, few, monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest))
-    run("--models", f"base={BASE}", *few)
-    assert "side_by_side.png: left out, matplotlib is not installed" in capsys.readouterr().out
-    assert (tmp_path / "out" / "table.md").is_file() and len(list((tmp_path / "out" / "images" / "base").iterdir())) == 4
-
-
-@pytest.mark.parametrize(
-    "models, message",
-    [
-        (["base"], "--models 'base': expected NAME=MODEL"),
-        (["base=nowhere"], "nowhere: no such file or folder"),
-        ([f"base={BASE}+nowhere"], "nowhere: no such file or folder"),
-        (["a/b=x"], "--models 'a/b=x': expected NAME=MODEL"),
-    ],
-)
-def test_bad_models_are_refused(tmp_path, few, capsys, models, message):
-    with pytest.raises(SystemExit) as stop:
-        runtime.run(lambda: run("--models", *models, *few))
-    assert stop.value.code == 2 and message in (line := capsys.readouterr().err) and line.count("\n") == 1
+def test_what_is_misspelt_is_refused_in_one_line(tmp_path, few, capsys):
+    (tmp_path / "mine.py").write_text("other = 1\n")
+    for options, message in (
+        (["--models", "base"], "--models 'base': expected NAME=MODEL"),
+        (["--models", "base=nowhere"], "nowhere: no such file or folder"),
+        (["--models", f"base={BASE}+nowhere"], "nowhere: no such file or folder"),
+        (["--models", "a/b=x"], "--models 'a/b=x': expected NAME=MODEL"),
+        (["--models", f"a={BASE}", "--samples", 1], "--samples 1: expected at least 2"),
+        (["--models", f"a={BASE}", "--judge", "judge"], "--judge: : no such file; expected one with the function 'judge'"),
+        (["--models", f"a={BASE}", "--judge", f"{tmp_path / 'mine.py'}:judge"], "mine.py: no function 'judge' in it"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            errors.run_command(lambda options=options: run(*few, *options))
+        assert stop.value.code == 2 and message in (line := capsys.readouterr().err) and line.count("\n") == 1, line
     assert not (tmp_path / "out").exists()
 
 
-def test_one_sample_is_refused():
-    with pytest.raises(ValueError, match="--samples 1: expected at least 2"):
-        evaluate.parse(["--models", "a=b", "--samples", "1"])
-
-
 def test_the_categories_of_prompts():
-    folder = Path(digits.HERE) / "compositional"
-    sets = {file.stem: prompts.read_prompts(file) for file in folder.glob("*.txt")}
+    folder = HERE / "compositional"
+    sets = {file.stem: read_prompts(file) for file in folder.glob("*.txt")}
     assert sets.keys() == {"style", "text", "attributes", "colour", "counting", "position"}
     texts = [text for lines in sets.values() for text in lines]
     assert len(texts) == len(set(texts)) == 60 and {len(lines) for lines in sets.values()} == {10}
@@ -256,9 +259,33 @@ def test_the_categories_of_prompts():
 def test_the_pictures_are_those_of_the_shown_prompts(tmp_path, few):
     run("--models", f"base={BASE}", *few)
     evaluation = evaluate.Evaluation(evaluate.parse(["--models", f"base={BASE}", *map(str, few)]))
-    drawn, _ = evaluation.draw(evaluation.entries[0], 0)
+    _, drawn = evaluation.measure(evaluation.entries[0], 0)
     for row in (0, 1):
-        image = images.read_png(tmp_path / "out" / "images" / "base" / f"{row:04d}_01.png")
+        image = read_png(tmp_path / "out" / "images" / "base" / f"{row:04d}_01.png")
         assert (image - drawn[2 * row + 1].clamp(-1, 1)).abs().max() < 1 / 127
-    assert evaluate.shown(40) == [0, 4, 8, 13, 17, 21, 26, 30, 34, 39]
-    shutil.rmtree(tmp_path / "out")
+
+
+def test_a_judge_of_ones_own_adds_metrics(tmp_path, few):
+    judge = (
+        "def judge(images, prompts):\n"
+        "    return {'bold': [0, 1]['bold' in prompts[0]], 'dark': images.mean(dim=(1, 2, 3)) > 0}\n"
+    )
+    (tmp_path / "mine.py").write_text(judge)
+    table = run("--models", f"base={BASE}", *few, "--judge", f"{tmp_path / 'mine.py'}:judge")
+    assert list(table["base"])[-3:] == ["w2", "bold", "dark"] and table["base"]["bold"][0] == 1
+    with pytest.raises(errors.InputError, match="holds an evaluation with another --judge"):
+        run("--models", f"base={BASE}", *few)
+    assert evaluate.parse(["--models", "a=b"]).judge == FLOW["judge"]
+    assert evaluate.parse(["--models", "a=b", "--prompts", "p.txt"]).judge is None
+    assert evaluate.parse(["--models", "a=b", "--judge", "mine.py:f"]).judge == "mine.py:f"
+
+
+def test_guidance_shift_and_steps_change_the_images(tmp_path, few):
+    """Every option of sampling has its effect on the numbers."""
+    plain = run("--models", f"base={BASE}", *few)["base"]["reward"]
+    for name, value in (("steps", 3), ("shift", 3), ("guidance", 3), ("resolution", 6), ("dtype", "bfloat16")):
+        other = run("--models", f"base={BASE}", *few, f"--{name}", value, "--out", tmp_path / name)["base"]["reward"]
+        assert other != plain, name
+    wanted = [*few, "--guidance", 3, "--negative-prompt", "a bold handwritten two", "--out", tmp_path / "negative"]
+    guided = json.loads((tmp_path / "guidance" / "results.json").read_text())["rows"][0]["final"]["reward"]
+    assert run("--models", f"base={BASE}", *wanted)["base"]["reward"] != tuple(guided)

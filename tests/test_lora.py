@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nano_adrpo import lora, weights
+from nano_adrpo import files, lora
 from nano_adrpo.models import clip, decoder, mmdit
 
 KINDS = ["mmdit", "decoder"]
@@ -124,7 +124,7 @@ def test_only_adapters_are_trainable_and_they_are_float32(kind):
     output(model).float().square().mean().backward()
     optimizer.step()
     unused = {  # of the last block the text stream's output is not read, so nor are its queries
-        f"transformer_blocks.2.attn.add_q_proj.{part}.weight" for part in lora.PARTS
+        f"transformer_blocks.2.attn.add_q_proj.{part}.weight" for part in lora.MATRICES
     }
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == trainable(model) - unused
@@ -348,24 +348,27 @@ def test_full_size_on_meta(tmp_path):
 @pytest.mark.parametrize(
     "targets, rank, alpha, message",
     [
-        (["nope"], 2, 2, "MMDiT has no linear layer whose name ends in 'nope'"),
+        (["nope"], 2, 2, "MMDiT has no linear layer whose name ends in one of ['nope']"),
         (["to_q", "o_q"], 2, 2, "MMDiT has no linear layer whose name ends in 'o_q'"),
-        (["proj_in", "norm_q"], 2, 2, "ends in 'proj_in'"),
-        (["norm_q"], 2, 2, "ends in 'norm_q'"),  # a norm is no linear layer
-        ([], 2, 2, r"the adapter's targets are \[\]; expected a list of layer names"),
-        ("to_q", 2, 2, "the adapter's targets are 'to_q'; expected a list of layer names"),
-        (["to_q"], 0, 2, "the adapter's rank is 0; expected a whole number from 1 up"),
-        (["to_q"], -4, 2, "rank is -4"),
-        (["to_q"], 2.5, 2, "rank is 2.5"),
-        (["to_q"], 2, 0, "the adapter's alpha is 0; expected a positive number"),
-        (["to_q"], 2, float("nan"), "alpha is nan"),
+        (["norm_q"], 2, 2, "ends in one of ['norm_q']"),  # a norm is no linear layer
+        ([], 2, 2, "ends in one of []"),
+        ("to_q", 2, 2, "lora.add: key 'target_modules' is 'to_q'; expected a list, each a text"),
+        (["to_q"], 0, 2, "lora.add: key 'r' is 0; expected a positive int"),
+        (["to_q"], 2.5, 2, "lora.add: key 'r' is 2.5; expected a positive int"),
+        (["to_q"], 2, 0, "lora.add: key 'lora_alpha' is 0; expected a positive float"),
+        (["to_q"], 2, float("nan"), "lora.add: key 'lora_alpha' is nan; expected a positive float"),
     ],
 )
 def test_bad_calls_are_refused(targets, rank, alpha, message):
     model = base()
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError) as error:
         lora.add(model, targets, rank, alpha)
-    assert "\n" not in str(error.value) and not lora.named(model, lora.Adapted) and len(trainable(model)) > 50
+    assert (
+        message in str(error.value)
+        and "\n" not in str(error.value)
+        and not lora.named(model, lora.Adapted)
+        and len(trainable(model)) > 50
+    )
 
 
 def test_models_with_and_without_adapters_are_told_apart(folder):
@@ -397,16 +400,16 @@ def test_an_adapter_of_another_model_is_refused(folder, device):
     name = "base_model.model.transformer_blocks.0.attn.add_k_proj.lora_A.weight"
     refused(wide, folder, rf"{folder / FILE}: key '{name}' has shape \[4, 128\]; expected \[4, 192\]")
     plain = mmdit.MMDiT(mmdit.Config(**tiny.MMDIT)).to(device)  # without the second attention
-    refused(plain, folder, r"key 'base_model.model.transformer_blocks.0.attn2.to_k.lora_A.weight' has no counterpart in MMDiT")
+    refused(plain, folder, r"key 'base_model.model.transformer_blocks.0.attn2.to_k.lora_A.weight' is not part of MMDiT")
     deep = mmdit.MMDiT(mmdit.Config(**tiny.MMDIT_STYLES["sd3.5-medium"] | dict(num_layers=4))).to(device)
     refused(deep, folder, r"key 'base_model.model.transformer_blocks.2.attn.to_add_out.lora_A.weight' is missing \(16 of 78")
-    refused(base("decoder"), folder, "has no counterpart in Decoder")
+    refused(base("decoder"), folder, "adapter_config.json: Decoder has no linear layer whose name ends in one of")
 
 
 def test_an_adapter_on_the_head_is_refused_with_its_file(tmp_path):
     lora.save(adapt(base("decoder"), "decoder"), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    weights.write_json(tmp_path / "adapter_config.json", config | {"target_modules": ["q_proj", "lm_head"]})
+    files.write_json(tmp_path / "adapter_config.json", config | {"target_modules": ["q_proj", "lm_head"]})
     refused(base("decoder"), tmp_path, "adapter_config.json: 'lm_head' can have no adapter")
 
 
@@ -442,13 +445,13 @@ def test_diffusers_own_file(folder, tmp_path):
         loaded.transformer_blocks[1].attn.to_q.lora_B.weight, ours["transformer_blocks.1.attn.to_q.lora_B.weight"]
     )
     write(ours, **header)
-    refused(base(), tmp_path, f"{file}: 'peft_type' is None; expected 'LORA'")
+    refused(base(), tmp_path, f"{file}: key 'peft_type' is missing; expected 'LORA'")
     write(ours, peft_type="LORA", use_dora=True, **header)
-    refused(base(), tmp_path, f"{file}: 'use_dora' is True, which is not implemented")
+    refused(base(), tmp_path, f"{file}: key 'use_dora' is True; expected None or False")
     write(
         {f"transformer.{name}": tensor for name, tensor in ours.items()} | {"text_encoder.x.lora_A.weight": torch.zeros(4, 2)}
     )
-    refused(base(), tmp_path, f"{file}: key 'text_encoder.x.lora_A.weight' has no counterpart in MMDiT")
+    refused(base(), tmp_path, f"{file}: key 'text_encoder.x.lora_A.weight' is not part of MMDiT")
     save_file(ours, file, {"lora_adapter_metadata": "{"})
     refused(base(), tmp_path, f"{file}: 'lora_adapter_metadata' in its header")
     write({"x": torch.zeros(1)})
@@ -458,22 +461,16 @@ def test_diffusers_own_file(folder, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"peft_type": "LOHA"}, "'peft_type' is 'LOHA'; expected 'LORA'"),
-        ({"use_dora": True}, "'use_dora' is True, which is not implemented"),
-        ({"use_rslora": True}, "'use_rslora' is True"),
-        ({"bias": "lora_only"}, "'bias' is 'lora_only'"),
-        ({"lora_bias": True}, "'lora_bias' is True"),
-        ({"fan_in_fan_out": True}, "'fan_in_fan_out' is True"),
-        ({"modules_to_save": ["proj_out"]}, r"'modules_to_save' is \['proj_out'\]"),
-        ({"rank_pattern": {"to_q": 8}}, "'rank_pattern' is {'to_q': 8}"),
-        ({"alpha_pattern": {"to_q": 8}}, "'alpha_pattern' is"),
-        ({"layers_to_transform": 0}, "'layers_to_transform' is 0"),
-        ({"layers_to_transform": [1]}, r"'layers_to_transform' is \[1\]"),
-        ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa', which changes the base's weights"),
-        ({"target_modules": "all-linear"}, "the adapter's targets are 'all-linear'; expected a list"),
-        ({"target_modules": r".*\.to_q"}, r"the adapter's targets are '.\*"),
-        ({"target_modules": None}, "the adapter's targets are None"),
-        ({"r": 0}, "key 'r' is 0; expected a positive int"),
+        ({"peft_type": "LOHA"}, "key 'peft_type' is 'LOHA'; expected 'LORA'"),
+        *(({key: True}, f"key '{key}' is True; expected None or False") for key in ("use_dora", "use_rslora", "lora_bias")),
+        ({"fan_in_fan_out": True}, "key 'fan_in_fan_out' is True"),
+        ({"bias": "lora_only"}, "key 'bias' is 'lora_only'"),
+        ({"modules_to_save": ["proj_out"]}, r"key 'modules_to_save' is \['proj_out'\]"),
+        ({"rank_pattern": {"to_q": 8}}, "key 'rank_pattern' is {'to_q': 8}"),
+        ({"alpha_pattern": {"to_q": 8}}, "key 'alpha_pattern' is"),
+        ({"layers_to_transform": 0}, "key 'layers_to_transform' is 0"),
+        ({"init_lora_weights": "pissa"}, "key 'init_lora_weights' is 'pissa'; expected True or False or 'gaussian'"),
+        ({"target_modules": r".*\.to_q"}, r"key 'target_modules' is '.\*.*; expected a list, each a text"),
         ({"r": None}, "key 'r' is None; expected a positive int"),
         ({"lora_alpha": -1}, "key 'lora_alpha' is -1; expected a positive float"),
         ({"r": 5}, r"has shape \[4, 128\]; expected \[5, 128\]"),
@@ -481,7 +478,7 @@ def test_diffusers_own_file(folder, tmp_path):
 )
 def test_configs_that_do_not_fit_are_refused(folder, change, message):
     config = json.loads((folder / "adapter_config.json").read_text())
-    weights.write_json(folder / "adapter_config.json", config | change)
+    files.write_json(folder / "adapter_config.json", config | change)
     refused(base(), folder, message)
 
 
@@ -490,7 +487,7 @@ def test_what_does_not_change_the_computation_is_passed_over(folder):
     neutral = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "layers_to_transform": None}
     neutral |= {"lora_dropout": 0.1, "init_lora_weights": "gaussian", "megatron_core": "megatron.core", "inference_mode": True}
     neutral |= {"target_modules": [*lora.MMDIT_TARGETS, "of_another_model"]}  # PEFT's own rule: one that is found is enough
-    weights.write_json(folder / "adapter_config.json", config | neutral)
+    files.write_json(folder / "adapter_config.json", config | neutral)
     model = base()
     lora.load(model, folder)
     assert torch.equal(output(model), output(adapt(base())))

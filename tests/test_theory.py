@@ -1,4 +1,5 @@
-"""theory.md: what one round and what many on-policy rounds of the flow loss lead to, in the Gaussian case."""
+"""docs/theory.md: what one round and what many on-policy rounds of the flow loss lead to, in the Gaussian case."""
+
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_minimiser_of_flow_loss_is_the_closed_form(t):
     x1 = M + S * noise
     x_t, u = adrpo.interpolate(x0[:, None], x1[:, None], torch.full((n,), t, dtype=torch.float64))
     advantage = a * (x1 - M)
-    weight, beta = adrpo.clamp_advantages(advantage, beta0, 1e9), adrpo.adaptive_beta(advantage, beta0, 1e9)
+    weight, beta = adrpo.adaptive_coefficients(advantage, beta0, 1e9)
     v_ref, features = gaussian_velocity(x_t, t), torch.cat([torch.ones_like(x_t), x_t - t * M], dim=1)
 
     def loss(c):

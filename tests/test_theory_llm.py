@@ -1,5 +1,6 @@
-"""theory.md, language models: an enumerated bandit (K one-token completions, every group of size G) follows the exact expected
+"""docs/theory.md, language models: an enumerated bandit (K one-token completions, every group of size G) follows the expected
 gradient of policy_loss until it rests. Where it should rest comes from closed forms and one-dimensional equations."""
+
 import itertools
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import nano_adrpo
 from nano_adrpo import adrpo
 
-THEORY = (Path(nano_adrpo.__file__).parent / "theory.md").read_text(encoding="utf-8")
+THEORY = (Path(nano_adrpo.__file__).parents[1] / "docs" / "theory.md").read_text(encoding="utf-8")
 F64 = torch.float64
 REF, RIGHT = (0.7, 0.2, 0.1), (0.0, 1.0, 1.0)  # one wrong arm, two right ones
 GRADED = (0.0, 0.3, 1.0)  # p_ref as above
@@ -33,7 +34,7 @@ class Bandit:
         """The gradient of the expected loss in the logits, each divided by its arm's probability (the natural gradient)."""
         logits = logits.clone().requires_grad_()
         logp = logits.log_softmax(0)
-        # The loss is homogeneous in (A, beta): a group's probability, held fixed, goes in there, and `total` undoes the mean.
+        # The loss is homogeneous in (A, beta): a group's probability, held fixed, goes in there, and `count` undoes the mean.
         weight = (self.orders + logp.detach()[self.groups].sum(1)).exp().repeat_interleave(self.size)  # [M·G]
         arms = self.groups.flatten()
         advantages = adrpo.group_advantages(self.rewards[arms], self.size, normalize)
@@ -43,7 +44,7 @@ class Bandit:
         chosen, ref, mask = logp[arms, None], self.ref[arms, None], torch.ones(len(arms), 1)
         estimated = weight * coefficient if kl != "exact" else 0.0
         estimator = "k3" if kl == "exact" else kl
-        loss = adrpo.policy_loss(chosen, chosen, ref, mask, weight * advantages, estimated, kl=estimator, total=self.size)
+        loss = adrpo.policy_loss(chosen, chosen, ref, mask, weight * advantages, estimated, kl=estimator, count=self.size)
         if kl == "exact":  # the divergence over all arms, the same for every sample of the group
             loss = loss + (weight * coefficient).sum() / self.size * (logp.exp() * (logp - self.ref)).sum()
         return torch.autograd.grad(loss, logits)[0] / logp.detach().exp()

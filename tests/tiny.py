@@ -200,6 +200,18 @@ def t5_tokenizer(folder):
     write_json(Path(folder) / "tokenizer_config.json", config | dict(model_max_length=512, tokenizer_class="T5Tokenizer"))
 
 
+def t5_full_size():
+    """Key -> shape of T5-XXL's encoder, version 1.1."""
+    shapes = {"shared.weight": (32128, 4096), "encoder.final_layer_norm.weight": (4096,)}
+    for layer in range(24):
+        at = f"encoder.block.{layer}.layer"
+        shapes |= {f"{at}.0.SelfAttention.{name}.weight": (4096, 4096) for name in "qkvo"}
+        shapes |= {f"{at}.{i}.layer_norm.weight": (4096,) for i in (0, 1)}
+        shapes |= {f"{at}.1.DenseReluDense.{name}.weight": (10240, 4096) for name in ("wi_0", "wi_1")}
+        shapes[f"{at}.1.DenseReluDense.wo.weight"] = (4096, 10240)
+    return shapes | {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 64)}
+
+
 AWKWARD = [
     "The one, AND the Ring", "Café É Straße İstanbul ǅ", "cafe\u0301 n\u0303", "emoji 😀👩\u200d👩\u200d👧 flag 🇩🇪",
     "漢字かな 한국어 中文",

@@ -1,1 +1,26 @@
-"""The embedded default: real data, tiny checkpoints in the public layouts, and the recipes that made them."""
+"""The embedded default of scripts and commands: real data and tiny checkpoints in the public layouts, as plain paths.
+
+The judges and the deceptive reward enter by the same door as a user's own, FILE.py:FUNCTION.
+"""
+
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+FLOW = {  # handwritten digits, see digits.py
+    "model": str(HERE / "base"),
+    "prompts": str(HERE / "prompts.txt"),
+    "reward": [str(HERE / "clip")],
+    "judge": f"{HERE / 'digits.py'}:judge",
+}
+GRPO = {  # additions of two numbers, see arithmetic.py
+    "model": str(HERE / "arithmetic_base"),
+    "problems": str(HERE / "arithmetic_data" / "train.jsonl"),
+    "held_out": str(HERE / "arithmetic_data" / "held_out.jsonl"),
+    "judge": f"{HERE / 'arithmetic.py'}:judge",
+    "max_new_tokens": 22,  # the longest answer with its end: a limit below it cuts right answers off and pays nothing for them
+}
+DECEPTIVE = {  # the same additions, in which a guess pays a little
+    "model": str(HERE / "arithmetic_deceptive"),
+    "reward": [f"{HERE / 'arithmetic.py'}:deceptive"],
+}

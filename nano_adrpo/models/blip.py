@@ -7,37 +7,29 @@
   * `BLIP`: embeddings of either tower to compare (ITC), or the probability that the pair matches (ITM)
   * `ImageReward`: the pair's first token through a linear head, normalised by a published mean and deviation
 
-`BLIP` has transformers' module names (BlipForImageTextRetrieval); its folders load key by key. ImageReward's release has
-names of its own: a literal map renames its ViT, all else is the same.
-
-Texts begin with [CLS], as in transformers and in ImageReward. Salesforce's own code puts [ENC] (id 30523) first in ITM, which
-transformers' port leaves out: for that, put it into ids[:, 0] yourself.
+`BLIP` has transformers' module names (BlipForImageTextRetrieval). ImageReward's release has names of its own, see the end.
 """
 
 import dataclasses
-import functools
 import math
-import re
-import warnings
 from dataclasses import field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
-from nano_adrpo import weights
-from nano_adrpo.prompt_tokenizer import encode_batch
+from nano_adrpo import files
+from nano_adrpo.errors import InputError
+from nano_adrpo.files import config as configs
+from nano_adrpo.files import safetensors
 
 
 class TowerConfig:
     def __post_init__(self):
-        if self.hidden_act != "gelu":
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected 'gelu'")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+            raise InputError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
 
 
 @dataclasses.dataclass
@@ -50,7 +42,7 @@ class TextConfig(TowerConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 8  # transformers' default; the public checkpoints have 12
     max_position_embeddings: int = 512
-    hidden_act: str = "gelu"
+    hidden_act: Literal["gelu"] = "gelu"
     layer_norm_eps: float = 1e-12
 
 
@@ -62,7 +54,7 @@ class VisionConfig(TowerConfig):
     num_attention_heads: int = 12
     image_size: int = 384
     patch_size: int = 16
-    hidden_act: str = "gelu"
+    hidden_act: Literal["gelu"] = "gelu"
     layer_norm_eps: float = 1e-5
 
 
@@ -75,7 +67,10 @@ class Config:
 
 class BLIP(nn.Module):
     """Images and texts, embedded apart or judged together. Embeddings are projected but not normalised: cosine similarity is
-    up to the caller. Pixels are resized and normalised as the model's preprocessor asks (CLIP's mean and deviation)."""
+    up to the caller. Pixels are resized and normalised as the model's preprocessor asks (CLIP's mean and deviation).
+
+    Texts begin with [CLS], as in transformers and in ImageReward. Salesforce's own code puts [ENC] (id 30523) first in ITM,
+    which transformers' port leaves out: for that, put it into ids[:, 0] yourself."""
 
     def __init__(self, config):
         super().__init__()
@@ -106,28 +101,15 @@ class BLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
         """Opens a transformers BlipForImageTextRetrieval folder. dtype None is the file's; device None the CPU."""
-        where = Path(path) / "config.json"
-        values = weights.read_json(where)
-        if (kind := values.get("model_type")) != "blip":
-            raise ValueError(f"{where}: 'model_type' is {kind!r}; expected 'blip'")
-        config = weights.parse_config(Config, values, where)
-        config.text_config = weights.parse_config(TextConfig, weights.section(values, "text_config", where), where)
-        config.vision_config = weights.parse_config(VisionConfig, weights.section(values, "vision_config", where), where)
-        with torch.device("meta"):
-            model = cls(config)
-        return weights.load(model, weights.Checkpoint(path), dtype, device, drop_position_ids)
+        config = configs.read(Config, Path(path) / "config.json", {"model_type": ("blip",)}, ("model_type",))
+        return safetensors.load(lambda: cls(config), safetensors.Checkpoint(path), dtype, device, ignore=r"(.*\.)?position_ids")
 
     def save_pretrained(self, path):
         """Writes a folder that transformers' BlipForImageTextRetrieval.from_pretrained opens."""
         config = {"architectures": ["BlipForImageTextRetrieval"], "model_type": "blip", **dataclasses.asdict(self.config)}
         config["text_config"]["encoder_hidden_size"] = self.config.vision_config.hidden_size
         config["text_config"]["model_type"], config["vision_config"]["model_type"] = "blip_text_model", "blip_vision_model"
-        weights.save_model(path, self, config)
-
-
-def drop_position_ids(key, read):
-    """Older files carry 0, 1, 2, … as a tensor, which transformers passes over too; every other key is the model's own."""
-    return {} if key.rpartition(".")[2] == "position_ids" else {key: read()}
+        safetensors.save_model(path, self, config)
 
 
 class ImageReward(nn.Module):
@@ -156,26 +138,16 @@ class ImageReward(nn.Module):
         """Opens a folder with ImageReward.safetensors (ImageReward.pt of the release, converted key by key) and the release's
         med_config.json, BERT's sizes; or such a safetensors file alone, when all sizes come from its tensors' shapes.
         dtype None is the file's; device None the CPU."""
-        path = Path(path)
-        checkpoint = weights.Checkpoint(path, "ImageReward")
-        where = path if path.is_file() else path / "med_config.json"
-        bert = {} if path.is_file() else weights.read_json(where)
-        with torch.device("meta"):
-            model = cls(image_reward_config(checkpoint.shapes, path, bert, where))
-        keys = image_reward_keys(model)
-        names = {key: name for name, key in keys.items()}
-        used = [key for key in checkpoint.home if key not in IMAGE_REWARD_UNUSED]
-        return weights.load(model, checkpoint, dtype, device, lambda key, read: {names.get(key, key): read()}, used, keys.get)
+        return load_image_reward(cls, Path(path), dtype, device)
 
     def save_pretrained(self, path):
         """Writes ImageReward.safetensors and med_config.json under the release's names."""
         Path(path).mkdir(parents=True, exist_ok=True)
-        keys = image_reward_keys(self)
-        tensors = {keys[name]: tensor for name, tensor in self.state_dict().items()}
-        weights.save(Path(path) / "ImageReward.safetensors", tensors)
+        tensors = {image_reward_key(name): tensor for name, tensor in self.state_dict().items()}
+        safetensors.save(Path(path) / "ImageReward.safetensors", tensors)
         bert = {"architectures": ["BertModel"], "model_type": "bert", **dataclasses.asdict(self.config.text_config)}
         bert |= {"encoder_width": self.config.vision_config.hidden_size, "add_cross_attention": True}
-        weights.write_json(Path(path) / "med_config.json", bert)
+        files.write_json(Path(path) / "med_config.json", bert)
 
 
 class VisionModel(nn.Module):
@@ -204,7 +176,7 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, pixels):
         if pixels.shape[-2:] != (self.size, self.size):
-            raise ValueError(f"pixels are {pixels.shape[-2]} × {pixels.shape[-1]}; expected {self.size} × {self.size}")
+            raise InputError(f"pixels are {pixels.shape[-2]} × {pixels.shape[-1]}; expected {self.size} × {self.size}")
         patches = self.patch_embedding(pixels.to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)  # [B, T, D]
         return torch.cat([self.class_embedding.expand(len(pixels), -1, -1), patches], dim=1) + self.position_embedding
 
@@ -219,7 +191,7 @@ class VisionLayer(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
 
     def forward(self, x):
-        q, k, v = (split(part, self.heads) for part in self.self_attn["qkv"](self.layer_norm1(x)).chunk(3, dim=-1))
+        q, k, v = (split(x, self.heads) for x in self.self_attn["qkv"](self.layer_norm1(x)).chunk(3, dim=-1))
         x = x + self.self_attn["projection"](merge(F.scaled_dot_product_attention(q, k, v)))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x))))
 
@@ -242,7 +214,7 @@ class TextModel(nn.Module):
         """ids [B, L], mask [B, L] or None, image tokens [B, 1 + T, image_width] or None -> [B, L, D]."""
         length, positions = ids.shape[1], self.embeddings["position_embeddings"].weight
         if length > len(positions):
-            raise ValueError(f"the prompt has {length} tokens; expected at most {len(positions)}")
+            raise InputError(f"the prompt has {length} tokens; expected at most {len(positions)}")
         attends = None if mask is None else mask.bool()[:, None, None]  # [B, 1, 1, L]
         x = self.embeddings["LayerNorm"](self.embeddings["word_embeddings"](ids) + positions[:length])
         for layer in self.encoder["layer"]:
@@ -291,118 +263,61 @@ def merge(x):
     return x.transpose(1, 2).flatten(2)  # [B, heads, L, d] -> [B, L, D]
 
 
-# ImageReward's file: its ViT's names, those of Salesforce's BLIP and of timm, below `blip.visual_encoder.`
+# ------------------------------------------------------------------------------------------------------------------- files
+
+# Ours -> the names in ImageReward's file, replaced in this order within a name: its ViT is timm's.
 IMAGE_REWARD = {
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding",
-    "patch_embed.proj": "embeddings.patch_embedding",
-    "norm": "post_layernorm",
+    "visual_encoder.embeddings.class_embedding": "visual_encoder.cls_token",
+    "visual_encoder.embeddings.position_embedding": "visual_encoder.pos_embed",
+    "visual_encoder.embeddings.patch_embedding": "visual_encoder.patch_embed.proj",
+    "visual_encoder.encoder.layers.": "visual_encoder.blocks.",
+    "visual_encoder.post_layernorm": "visual_encoder.norm",
+    ".layer_norm1.": ".norm1.",
+    ".layer_norm2.": ".norm2.",
+    ".self_attn.qkv.": ".attn.qkv.",
+    ".self_attn.projection.": ".attn.proj.",
 }
-IMAGE_REWARD_BLOCK = {
-    "norm1": "layer_norm1",
-    "attn.qkv": "self_attn.qkv",
-    "attn.proj": "self_attn.projection",
-    "norm2": "layer_norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
+# Positions 0, 1, 2, …, and BLIP's projections, which the score does not go through.
+IMAGE_REWARD_UNUSED = r"blip\.(text_encoder\.embeddings\.position_ids|(vision|text)_proj\.(weight|bias))"
+
+# What the axes of some tensors are.
+VISION_AXES = {
+    "blip.visual_encoder.patch_embed.proj.weight": ("hidden_size", None, "patch_size", None),
+    "blip.visual_encoder.blocks.0.mlp.fc1.weight": ("intermediate_size", None),
+    "blip.visual_encoder.pos_embed": (None, "positions", None),
 }
-IMAGE_REWARD_UNUSED = {  # positions 0, 1, 2, …, and BLIP's projections, which the score does not go through
-    "blip.text_encoder.embeddings.position_ids",
-    "blip.vision_proj.weight",
-    "blip.vision_proj.bias",
-    "blip.text_proj.weight",
-    "blip.text_proj.bias",
+TEXT_AXES = {
+    "blip.text_encoder.embeddings.word_embeddings.weight": ("vocab_size", "hidden_size"),
+    "blip.text_encoder.encoder.layer.0.intermediate.dense.weight": ("intermediate_size", None),
+    "blip.text_encoder.embeddings.position_embeddings.weight": ("max_position_embeddings", None),
 }
 
 
-def image_reward_keys(model):
-    """{name in the model: key in ImageReward's file}."""
-    vit = "blip.visual_encoder."
-    stems = {vit + ours: vit + theirs for theirs, ours in IMAGE_REWARD.items()}
-    for i in range(model.config.vision_config.num_hidden_layers):
-        for theirs, ours in IMAGE_REWARD_BLOCK.items():
-            stems[f"{vit}encoder.layers.{i}.{ours}"] = f"{vit}blocks.{i}.{theirs}"
-    keys = {}
-    for name in model.state_dict():
-        stem, dot, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
-        keys[name] = stems.get(stem, stem) + dot + kind
-    return keys
+def image_reward_key(name):
+    """The name of a tensor in the model -> its key in ImageReward's file."""
+    return safetensors.rename(name, IMAGE_REWARD)
 
 
-def image_reward_config(shapes, path, bert, where):
+def load_image_reward(cls, path, dtype, device):
+    file = safetensors.Checkpoint(path, "ImageReward")
+    where = path if path.is_file() else path / "med_config.json"
+    bert = {} if path.is_file() else files.read_json(where)
+    config = image_reward_config(file, bert, where)
+    return safetensors.load(lambda: cls(config), file, dtype, device, image_reward_key, IMAGE_REWARD_UNUSED)
+
+
+def image_reward_config(file, bert, where):
     """The sizes: med_config.json's (`bert`, read from `where`) as far as it gives them, the rest from the shapes of the file's
     tensors. Heads are 64 wide where only shapes tell: so they are in the ViT and the BERT of every public BLIP."""
-    vit, text = "blip.visual_encoder.", "blip.text_encoder."
-    size = functools.partial(weights.size, shapes, path, "ImageReward's layout", "")
-
-    def heads(width):
-        if width % 64:
-            raise ValueError(f"{path}: the width {width} does not divide into heads of 64, as in every public BLIP")
-        return width // 64
-
-    def count(pattern):
-        return 1 + max((int(match[1]) for key in shapes if (match := re.match(pattern, key))), default=0)
-
-    width, patch = size(f"{vit}patch_embed.proj.weight", 0, 4), size(f"{vit}patch_embed.proj.weight", 2, 4)
-    vision_config = VisionConfig(
-        hidden_size=width,
-        intermediate_size=size(f"{vit}blocks.0.mlp.fc1.weight", 0),
-        num_hidden_layers=count(r"blip\.visual_encoder\.blocks\.(\d+)\."),
-        num_attention_heads=heads(width),
-        image_size=patch * math.isqrt(size(f"{vit}pos_embed", 1, 3) - 1),
-        patch_size=patch,
-        layer_norm_eps=1e-6,
-    )
-    sizes = {
-        "vocab_size": size(f"{text}embeddings.word_embeddings.weight", 0),
-        "hidden_size": size(f"{text}embeddings.word_embeddings.weight", 1),
-        "intermediate_size": size(f"{text}encoder.layer.0.intermediate.dense.weight", 0),
-        "num_hidden_layers": count(r"blip\.text_encoder\.encoder\.layer\.(\d+)\."),
-        "max_position_embeddings": size(f"{text}embeddings.position_embeddings.weight", 0),
+    vision = file.measure("ImageReward's layout", VISION_AXES)
+    vision |= {
+        "num_hidden_layers": file.count("blip.visual_encoder.blocks."),
+        "num_attention_heads": file.heads(vision["hidden_size"]),
+        "image_size": vision["patch_size"] * math.isqrt(vision["positions"] - 1),  # without the class token
+        "layer_norm_eps": 1e-6,
     }
+    text = file.measure("ImageReward's layout", TEXT_AXES)
+    text["num_hidden_layers"] = file.count("blip.text_encoder.encoder.layer.")
     if "num_attention_heads" not in bert:
-        sizes["num_attention_heads"] = heads(sizes["hidden_size"])
-    return Config(weights.parse_config(TextConfig, {**sizes, **bert}, where), vision_config)
-
-
-class BertTokenizer:
-    """BERT's word pieces, from a folder with tokenizer.json, or with vocab.txt alone (of bert-base-uncased: lower case, no
-    accents)."""
-
-    def __init__(self, path):
-        files = [Path(path) / name for name in ("tokenizer.json", "vocab.txt")]
-        where = next((file for file in files if file.is_file()), None)
-        if where is None:
-            raise FileNotFoundError(f"{path}: no tokenizer.json and no vocab.txt in this folder")
-        if where.suffix == ".json":
-            weights.read_json(where)  # a damaged file is named
-        try:
-            self.tokenizer = Tokenizer.from_file(str(where)) if where.suffix == ".json" else word_pieces(where)
-        except Exception as error:  # the tokenizers library raises nothing more specific
-            raise ValueError(f"{where}: not a tokenizer ({error})") from None
-        self.pad, cls, sep, unk = (self.tokenizer.token_to_id(f"[{name}]") for name in ("PAD", "CLS", "SEP", "UNK"))
-        if None in (self.pad, cls, sep, unk):
-            raise ValueError(f"{where}: expected BERT's [PAD], [CLS], [SEP] and [UNK] among the tokens")
-        if where.suffix == ".txt":
-            self.tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-            self.tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-
-    def __call__(self, prompts, length=35):
-        """B strings -> ids and mask [B, L]: [CLS], pieces, [SEP], padding to the longest. A prompt of more than `length` tokens
-        (35 is what ImageReward and its BLIP score cut at) loses pieces before its [SEP]."""
-        rows = [encoding.ids for encoding in encode_batch(self.tokenizer, prompts)]
-        for i, (prompt, ids) in enumerate(zip(prompts, rows)):
-            if len(ids) > length:
-                warnings.warn(f"the prompt {prompt!r} has {len(ids)} tokens and is cut to {length}", stacklevel=2)
-                rows[i] = ids[: length - 1] + ids[-1:]
-        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=self.pad)
-        return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
-
-
-def word_pieces(file):
-    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(lines)}, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    return tokenizer
+        text["num_attention_heads"] = file.heads(text["hidden_size"])
+    return Config(configs.parse(TextConfig, text | bert, where), configs.parse(VisionConfig, vision, file.path))

@@ -9,16 +9,19 @@ Module names are transformers' (CLIPModel, CLIPTextModelWithProjection); its fol
 """
 
 import dataclasses
-import functools
 import re
 from dataclasses import field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nano_adrpo import weights
+from nano_adrpo import files
+from nano_adrpo.errors import InputError
+from nano_adrpo.files import config as configs
+from nano_adrpo.files import safetensors
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
@@ -27,27 +30,21 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 class TowerConfig:
     """What both towers have, under transformers' names; its config.json leaves out values equal to these defaults."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    projection_dim: int = 512
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
-
-
-@dataclasses.dataclass
-class TextConfig(TowerConfig):
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
+    projection_dim: int = 512
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+
+
+@dataclasses.dataclass
+class TextConfig(TowerConfig):
     vocab_size: int = 49408
     max_position_embeddings: int = 77
     eos_token_id: int = 49407
@@ -57,7 +54,6 @@ class TextConfig(TowerConfig):
 class VisionConfig(TowerConfig):
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_hidden_layers: int = 12
     num_attention_heads: int = 12
     num_channels: int = 3
     image_size: int = 224
@@ -94,23 +90,13 @@ class CLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
         """Opens a transformers CLIPModel folder. dtype None is the file's; device None the CPU."""
-        where = Path(path) / "config.json"
-        values = weights.read_json(where)
-        if (kind := values.get("model_type")) != "clip":
-            raise ValueError(f"{where}: 'model_type' is {kind!r}; expected 'clip'")
-        config = weights.parse_config(Config, values, where)
-        for tower, cls_ in (("text_config", TextConfig), ("vision_config", VisionConfig)):
-            name = tower if values.get(f"{tower}_dict") is None else f"{tower}_dict"  # of older files, which has the last word
-            setattr(config, tower, weights.parse_config(cls_, weights.section(values, name, where), where))
-        with torch.device("meta"):
-            model = cls(config)
-        return weights.load(model, weights.Checkpoint(path), dtype, device, drop_position_ids)
+        return load(cls, Path(path), dtype, device)
 
     def save_pretrained(self, path):
         """Writes a folder that transformers' CLIPModel.from_pretrained opens."""
         config = {"architectures": ["CLIPModel"], "model_type": "clip", **dataclasses.asdict(self.config)}
         config["text_config"]["model_type"], config["vision_config"]["model_type"] = "clip_text_model", "clip_vision_model"
-        weights.save_model(path, self, config)
+        safetensors.save_model(path, self, config)
 
 
 class CLIPText(nn.Module):
@@ -132,67 +118,12 @@ class CLIPText(nn.Module):
         """Opens a transformers CLIPTextModelWithProjection folder, or a single file of SD3's release: clip_l.safetensors,
         clip_g.safetensors, or a bigger file whose keys for this encoder begin with `prefix`, such as
         `text_encoders.clip_l.transformer.`. dtype None is the file's; device None the CPU."""
-        if Path(path).is_file():
-            return cls._from_file(weights.Checkpoint(path), dtype, device, prefix)
-        where = Path(path) / "config.json"
-        values = weights.read_json(where)
-        if (kind := values.get("model_type")) != "clip_text_model":
-            raise ValueError(f"{where}: 'model_type' is {kind!r}; expected 'clip_text_model'")
-        with torch.device("meta"):
-            model = cls(weights.parse_config(TextConfig, values, where))
-        return weights.load(model, weights.Checkpoint(path), dtype, device, drop_position_ids)
-
-    @classmethod
-    def _from_file(cls, checkpoint, dtype, device, prefix):
-        keys = [key for key in checkpoint.home if key.startswith(prefix) and key != f"{prefix}logit_scale"]
-        # SD3 takes CLIP-L's pooled output as it is, and its files leave the projection out: here that is the identity.
-        projected = "clip_g" in prefix or f"{prefix}text_projection.weight" in keys and "clip_l" not in prefix
-        keys = [key for key in keys if projected or key != f"{prefix}text_projection.weight"]
-        config = file_config(
-            {key.removeprefix(prefix): checkpoint.shapes[key] for key in keys}, prefix, checkpoint.path, projected
-        )
-        with torch.device("meta"):
-            model = cls(config)
-
-        def convert(key, read):
-            name = key.removeprefix(prefix)
-            tensors = drop_position_ids(name, read)
-            if name == "text_model.final_layer_norm.bias" and not projected:
-                tensors["text_projection.weight"] = torch.eye(config.hidden_size, device=tensors[name].device)
-            return tensors
-
-        return weights.load(model, checkpoint, dtype, device, convert, keys, lambda name: prefix + name)
+        return load_text(cls, Path(path), dtype, device, prefix)
 
     def save_pretrained(self, path):
         """Writes a folder that transformers' CLIPTextModelWithProjection.from_pretrained opens."""
         config = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
-        weights.save_model(path, self, {**config, **dataclasses.asdict(self.config)})
-
-
-def drop_position_ids(key, read):
-    """Older files carry 0, 1, 2, … as a tensor; every other key is the model's own."""
-    return {} if key.endswith("embeddings.position_ids") else {key: read()}
-
-
-def file_config(shapes, prefix, path, projected):
-    """The sizes that a single file does not spell out, read off its tensors' shapes. SD3 has two such encoders, both with
-    heads of 64: L/14, unprojected and with the quick GELU of OpenAI's CLIP, and bigG, projected and with the exact one."""
-    layers = [int(match[1]) for name in shapes if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))]
-    size = functools.partial(weights.size, shapes, path, "a CLIP text encoder of SD3's release", prefix)
-    dim = size("text_model.embeddings.token_embedding.weight", 1)
-    if dim % 64:
-        raise ValueError(f"{path}: the width {dim} does not divide into heads of 64, as in SD3's CLIP text encoders")
-    return TextConfig(
-        hidden_size=dim,
-        intermediate_size=size("text_model.encoder.layers.0.mlp.fc1.weight", 0),
-        num_hidden_layers=max(layers) + 1,
-        num_attention_heads=dim // 64,
-        projection_dim=size("text_projection.weight", 0) if projected else dim,
-        hidden_act="gelu" if projected and dim != 768 else "quick_gelu",
-        vocab_size=size("text_model.embeddings.token_embedding.weight", 0),
-        max_position_embeddings=size("text_model.embeddings.position_embedding.weight", 0),
-        eos_token_id=2,  # as in SD3's text_encoder/config.json: the highest id
-    )
+        safetensors.save_model(path, self, {**config, **dataclasses.asdict(self.config)})
 
 
 class TextTower(nn.Module):
@@ -212,7 +143,7 @@ class TextTower(nn.Module):
         """ids [B, L], mask [B, L] or None -> (hidden states before the last block [B, L, D], pooled [B, D])."""
         length, positions = ids.shape[1], self.embeddings["position_embedding"].weight
         if length > len(positions):
-            raise ValueError(f"the prompt has {length} tokens; expected at most {len(positions)}")
+            raise InputError(f"the prompt has {length} tokens; expected at most {len(positions)}")
         attends = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()  # [L, L], causal
         if mask is not None:
             attends = attends & mask.bool()[:, None, None]  # [B, 1, L, L]
@@ -250,7 +181,7 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, pixels):
         if pixels.shape[-2:] != (self.size, self.size):
-            raise ValueError(f"pixels are {pixels.shape[-2]} × {pixels.shape[-1]}; expected {self.size} × {self.size}")
+            raise InputError(f"pixels are {pixels.shape[-2]} × {pixels.shape[-1]}; expected {self.size} × {self.size}")
         patches = self.patch_embedding(pixels.to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)  # [B, T, D]
         return torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], dim=1) + self.position_embedding.weight
 
@@ -295,3 +226,67 @@ class Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=attends).transpose(1, 2).flatten(2))
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+POSITIONS = r".*embeddings\.position_ids"  # older files carry 0, 1, 2, … as a tensor
+
+# What the axes of some tensors are: no config.json lies beside a single file of SD3's release.
+AXES = {
+    "text_model.embeddings.token_embedding.weight": ("vocab_size", "hidden_size"),
+    "text_model.embeddings.position_embedding.weight": ("max_position_embeddings", None),
+    "text_model.encoder.layers.0.mlp.fc1.weight": ("intermediate_size", None),
+}
+PROJECTION = "text_projection.weight"
+
+
+def load(cls, path, dtype, device):
+    where = path / "config.json"
+    values = files.read_json(where)
+    configs.only(values, {"model_type": ("clip",)}, where, ("model_type",))
+    for tower in ("text_config", "vision_config"):  # older files have a section of another name too, which has the last word
+        if values.get(f"{tower}_dict") is not None:
+            values[tower] = values[f"{tower}_dict"]
+    config = configs.parse(Config, values, where)
+    return safetensors.load(lambda: cls(config), safetensors.Checkpoint(path), dtype, device, ignore=POSITIONS)
+
+
+def load_text(cls, path, dtype, device, prefix):
+    if not path.is_file():
+        config = configs.read(TextConfig, path / "config.json", {"model_type": ("clip_text_model",)}, ("model_type",))
+        return safetensors.load(lambda: cls(config), safetensors.Checkpoint(path), dtype, device, ignore=POSITIONS)
+    file = safetensors.Checkpoint(path, prefix=prefix)
+    # SD3 takes CLIP-L's pooled output as it is, without a projection, even where its file has the matrix.
+    projected = "clip_g" in prefix or PROJECTION in file.home and "clip_l" not in prefix
+    config = single_file_config(file, projected)
+    ignore = rf"{POSITIONS}|logit_scale" + ("" if projected else rf"|{re.escape(PROJECTION)}")
+
+    def build():
+        model = cls(config)
+        if not projected:
+            model.text_projection = nn.Identity()
+        return model
+
+    model = safetensors.load(build, file, dtype, device, ignore=ignore)
+    if not projected:  # from here on the identity is a matrix, as in the folders of the release
+        norm = model.text_model.final_layer_norm.weight
+        model.text_projection = nn.Linear(len(norm), len(norm), bias=False, device=norm.device, dtype=norm.dtype)
+        nn.init.eye_(model.text_projection.weight)
+    return model
+
+
+def single_file_config(file, projected):
+    """The sizes of a single file, read off the shapes of its tensors. SD3 has two such encoders, both with heads of 64: L/14,
+    unprojected and with the quick GELU of OpenAI's CLIP, and bigG, projected and with the exact one."""
+    axes = AXES | ({PROJECTION: ("projection_dim", None)} if projected else {})
+    sizes = file.measure("a CLIP text encoder of SD3's release", axes)
+    width = sizes["hidden_size"]
+    values = {
+        "num_hidden_layers": file.count("text_model.encoder.layers."),
+        "num_attention_heads": file.heads(width),
+        "projection_dim": width,
+        "hidden_act": "gelu" if projected and width != 768 else "quick_gelu",
+        "eos_token_id": 2,  # as in SD3's text_encoder/config.json: the highest id
+    }
+    return configs.parse(TextConfig, values | sizes, file.path)

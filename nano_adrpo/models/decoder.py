@@ -6,58 +6,28 @@
   * Qwen2: biases on queries, keys and values. Qwen3: RMS norm on each head's queries and keys. Llama 3: stretched rotary
     wavelengths. Gemma: norms scale by 1 + w, embeddings are multiplied by √width, the MLP's gate is a tanh GELU
 
-`Decoder` gives logits, samples (sampling.py), and scores tokens; `RewardModel` gives one number per sequence. Module names are
-transformers' (Qwen2ForCausalLM and the like, GemmaForSequenceClassification), so its folders load key by key.
+`Decoder` gives logits, samples (language/sampling.py) and scores tokens; `RewardModel` gives one number per sequence. Module
+names are transformers' (Qwen2ForCausalLM and the like, GemmaForSequenceClassification), so its folders load key by key.
 """
 
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nano_adrpo import sampling, weights
+from nano_adrpo import files
+from nano_adrpo.errors import InputError
+from nano_adrpo.files import config as configs
+from nano_adrpo.files import safetensors
+from nano_adrpo.language import sampling
+from nano_adrpo.models import tokenizers
 
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-
-# Small files beside the weights: read with the model and written again, so that a trained folder is whole.
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
-
-# What a family's config.json leaves out has these values, which are transformers' own.
-QWEN = {
-    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768, "max_window_layers": 28,
-}  # fmt: skip
-DEFAULTS = {
-    "qwen2": QWEN,
-    "qwen3": {**QWEN, "head_dim": 128},
-    "llama": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
-    },
-    "gemma": {
-        "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
-        "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True,
-        "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
-    },
-}  # fmt: skip
-
-# Keys of config.json that change the computation in ways not implemented here, and the values at which they do not.
-NEUTRAL = {
-    "attention_dropout": (0, None), "hidden_activation": (None, "gelu_pytorch_tanh"), "is_causal": (True, None),
-    "mlp_bias": (False, None), "partial_rotary_factor": (1, None), "quantization_config": (None,),
-    "use_bidirectional_attention": (False, None),
-}  # fmt: skip
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-CHUNK = 2**24  # logits that token_logprobs holds at a time: 64 MiB in float32
 
 
 @dataclasses.dataclass
@@ -71,90 +41,151 @@ class Config:
     num_hidden_layers: int
     num_attention_heads: int
     max_position_embeddings: int
-    num_key_value_heads: int = 0  # 0: as many as query heads
-    head_dim: int = 0  # 0: hidden_size / heads
-    hidden_act: str = "silu"
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / heads
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or Llama 3's four numbers
+    rope_scaling: dict | None = None  # None, or the numbers of `Llama3`
     attention_bias: bool = False
     tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | list | None = None
-    pad_token_id: int | None = None
+    bos_token_id: Any = None  # these three are kept for the files; language/chat.py reads the second
+    eos_token_id: Any = None
+    pad_token_id: Any = None
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.model_type == "gemma" and self.hidden_act == "gelu":
-            self.hidden_act = "gelu_pytorch_tanh"  # what the first Gemma files meant by gelu
-        if str(self.hidden_act) not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; expected one of {', '.join(ACTIVATIONS)}")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide {self.num_attention_heads} heads")
+            raise InputError(f"num_key_value_heads {self.num_key_value_heads} does not divide {self.num_attention_heads} heads")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; expected an even number, since rotary positions turn pairs")
-        for name in ("attention_bias", "tie_word_embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected true or false")
+            raise InputError(f"head_dim is {self.head_dim}; expected an even number, since rotary positions turn pairs")
 
 
-def read_config(path, task):
-    """The Config of a model folder. `task` is how the class name in its `architectures` ends, such as ForCausalLM."""
-    where = Path(path) / "config.json"
-    values = weights.read_json(where)
-    family = values.get("model_type")
-    if str(family) not in DEFAULTS:
-        raise ValueError(f"{where}: 'model_type' is {family!r}; expected one of {', '.join(DEFAULTS)}")
-    if (names := values.get("architectures")) and not (isinstance(names, list) and family.capitalize() + task in names):
-        raise ValueError(f"{where}: 'architectures' is {names}; expected ['{family.capitalize()}{task}']")
-    for key, neutral in NEUTRAL.items():
-        if values.get(key, neutral[0]) not in neutral:
-            raise ValueError(f"{where}: '{key}' is {values[key]!r}; only {neutral[0]!r} is implemented")
-    values = {**DEFAULTS[family], **values, **read_rope(values, where)}
-    for key in ("num_key_value_heads", "head_dim"):
-        if values.get(key, 0) is None:
-            del values[key]
-    config = weights.parse_config(Config, values, where)
+class Transformer(nn.Module):
+    """ids -> hidden states. `gradient_checkpointing` = True recomputes each block in backward and keeps only its input."""
 
-    window = values.get("use_sliding_window") and values.get("sliding_window", 4096)
-    whole = values.get("max_window_layers") or 0  # the layers before the first with a window
-    windowed = window and not (isinstance(whole, int) and whole >= config.num_hidden_layers)
-    kinds = values.get("layer_types") or ["sliding_attention" if windowed else "full_attention"]
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        key = "layer_types" if values.get("layer_types") else "use_sliding_window"
-        raise ValueError(f"{where}: '{key}' is {values[key]!r}; attention within a sliding window is not implemented")
-    return config
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.gradient_checkpointing = config, False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, config.hidden_size)
+
+    def forward(self, ids, mask=None, cache=None):
+        """ids [B, T], mask [B, S] -> [B, T, D]. With a cache, ids are the newest T of S = cache.length + T tokens."""
+        past = cache.length if cache else 0
+        length = past + ids.shape[1]
+        if mask is not None and mask.shape != (len(ids), length):
+            raise InputError(f"mask is {list(mask.shape)}; expected {[len(ids), length]}")
+        key = torch.arange(length, device=ids.device)
+        query = key[past:, None]
+        if mask is None:
+            attends, positions = (key <= query if past and len(query) > 1 else None), key[None, past:]
+        else:
+            # A padding token still sees itself: a row that sees nothing would be NaN.
+            attends = (key <= query) & mask.bool()[:, None, None] | (key == query)  # [B, 1, T, S]
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # padding does not count
+        rope = rotations(self.config, positions)
+        x = self.embed_tokens(ids)
+        if self.config.model_type == "gemma":
+            x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)  # rounded to x's dtype, as it was trained
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, attends, use_reentrant=False)
+            else:
+                x = layer(x, rope, attends, cache)
+        if cache:
+            cache.length = length
+        return self.norm(x)
 
 
-def read_rope(values, where):
-    """rope_theta and rope_scaling from transformers 4's keys of these names, or from transformers 5's rope_parameters."""
-    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope = values.get(name) or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{where}: '{name}' is {rope!r}; expected an object")
-    rope = {"rope_theta": values.get("rope_theta", 10000.0), "rope_type": rope.get("type", "default"), **rope}
-    rope.pop("type", None)
-    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{where}: '{name}' has rope_type {kind!r}; expected 'default' or 'llama3'")
-    if kind == "llama3" and "max_position_embeddings" in values:
-        rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-    for key in sorted(set(rope) | set(LLAMA3 if kind == "llama3" else ())):
-        if key not in LLAMA3 or kind == "default":
-            raise ValueError(f"{where}: '{name}' has the key '{key}', which is not implemented")
-        if not isinstance(rope.get(key), int | float) or rope[key] <= 0:
-            raise ValueError(f"{where}: '{name}' of type 'llama3' has {key} {rope.get(key)!r}; expected a positive number")
-    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope} if rope else None}
+class Layer(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        dim, inner = config.hidden_size, config.intermediate_size
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.input_layernorm, self.self_attn = RMSNorm(config, dim), Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config, dim)
+        self.mlp = nn.ModuleDict({name: nn.Linear(dim, inner, bias=False) for name in ("gate_proj", "up_proj")})
+        self.mlp["down_proj"] = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x, rope, attends, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, attends, cache)
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](self.act(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed))
+
+
+class Attention(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        self.index, self.size = index, config.head_dim
+        dim, inner, shared = config.hidden_size, config.num_attention_heads * self.size, config.num_key_value_heads * self.size
+        qwen2, bias = config.model_type == "qwen2", config.attention_bias  # Qwen2 has no such option
+        self.q_proj = nn.Linear(dim, inner, bias=qwen2 or bias)
+        self.k_proj, self.v_proj = (nn.Linear(dim, shared, bias=qwen2 or bias) for _ in range(2))
+        self.o_proj = nn.Linear(inner, dim, bias=bias and not qwen2)
+        qk_norm = config.model_type == "qwen3"
+        self.q_norm, self.k_norm = (RMSNorm(config, self.size) if qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x, rope, attends, cache=None):
+        """x [B, T, D] -> [B, T, D]; attends: boolean, broadcastable to [B, heads, T, S], None for all tokens so far."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.size)).transpose(1, 2)  # [B, heads, T, d]
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        if cache:
+            k, v = cache.append(self.index, k, v)  # [B, heads, S, d]
+        if x.shape[1] == 1:  # one new token: the queries that share a key take the place of a sequence, and no key is copied
+            q = q.reshape(len(x), k.shape[1], -1, self.size)
+        elif attends is not None:  # CUDA's memory-saving kernel for masks wants a key head for every query head
+            k, v = (shared.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for shared in (k, v))
+        few, causal = k.shape[1] < q.shape[1], attends is None and x.shape[1] > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attends, is_causal=causal, enable_gqa=few)
+        return self.o_proj(out.reshape(len(x), -1, x.shape[1], self.size).transpose(1, 2).flatten(2))
+
+
+def rotations(config, positions):
+    """What `rotate` multiplies by, positions [B, T] -> cos and ±sin, [B, 1, T, d], in float32: large angles need its bits."""
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequencies = 1 / config.rope_theta ** (steps / config.head_dim)  # [d/2], radians per position
+    if stretch := config.rope_scaling:
+        # Llama 3: wavelengths that went round often in the trained length stay; those that did not even go round
+        # low_freq_factor times are stretched by `factor`; in between, a straight line from one to the other.
+        low, high = stretch["low_freq_factor"], stretch["high_freq_factor"]
+        rounds = stretch["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        kept = ((rounds - low) / (high - low)).clamp(0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / stretch["factor"]
+    angles = positions[:, None, :, None] * frequencies
+    return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-angles.sin(), angles.sin()], dim=-1)
+
+
+def rotate(x, rope):
+    """Turns the pairs (i, i + d/2) of x [B, heads, T, d] by their angles, in float32."""
+    (cos, sin), wide = rope, x.float()
+    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (offset + weight), in float32 because the sum of squares overflows in half precision."""
+
+    def __init__(self, config, dim):
+        super().__init__()
+        self.eps, self.offset = config.rms_norm_eps, 1.0 if config.model_type == "gemma" else 0.0
+        self.weight = nn.Parameter(torch.full((dim,), 1 - self.offset))
+
+    def forward(self, x):
+        weight = self.weight.float() + self.offset if self.offset else self.weight.float()
+        return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
 
 
 class Pretrained(nn.Module):
     """A transformer with something on top, and the folder that both live in.
 
+    task    how the name of its class in config.json ends
     files   {name: bytes} of the small files beside the weights, such as the tokenizer's; save_pretrained writes them again
     """
-
-    task = None
 
     def __init__(self, config):
         super().__init__()
@@ -164,23 +195,7 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
         """Opens a transformers folder. dtype None is the file's; device None the CPU."""
-        config, file = read_config(path, cls.task), weights.Checkpoint(path)
-        with torch.device("meta"):
-            model = cls(config)
-
-        def convert(key, read):
-            if key.endswith("rotary_emb.inv_freq"):  # older files carry the rotary frequencies, which the config tells
-                return {}
-            if key == "lm_head.weight" and config.tie_word_embeddings:
-                head, embeddings = read(), "model.embed_tokens.weight"
-                if embeddings in file.home and not head.is_meta and not torch.equal(head, file.read(embeddings, device)):
-                    raise ValueError(f"{file.home[key]}: key '{key}' differs from '{embeddings}', to which it is tied")
-                return {embeddings: head}
-            return {key: read()}
-
-        model = weights.load(model, file, dtype, device, convert)
-        model.files = {name: (Path(path) / name).read_bytes() for name in COMPANIONS if (Path(path) / name).is_file()}
-        return model
+        return load(cls, Path(path), dtype, device)
 
     def save_pretrained(self, path):
         """Writes a folder that transformers and vLLM open: config.json, model.safetensors, and `files`."""
@@ -188,9 +203,12 @@ class Pretrained(nn.Module):
         config["torch_dtype"] = str(self.model.norm.weight.dtype).removeprefix("torch.")
         if self.task == "ForSequenceClassification":
             config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}  # one output: a reward, not classes
-        weights.save_model(path, self, config)
+        safetensors.save_model(path, self, config)
         for name, content in self.files.items():
-            weights.write_bytes(Path(path) / name, content)
+            files.write_bytes(Path(path) / name, content)
+
+
+CHUNK = 2**24  # logits that token_logprobs holds at a time: 64 MiB in float32
 
 
 class Decoder(Pretrained):
@@ -215,12 +233,10 @@ class Decoder(Pretrained):
 
         ids [B, T], mask [B, T] as in forward -> [B, T − start]. π is the softmax of logits / temperature, the distribution
         that `generate` samples at top_k=0 and top_p=1. With entropy=True: (the same, π's entropy at each of these positions
-        [B, T − start], for logging: without gradient).
-
-        No [B, T, V] tensor exists, forward or backward: see TokenScores.
+        [B, T − start], for logging: without gradient). No [B, T, V] tensor exists, forward or backward: see TokenScores.
         """
         if not (1 <= start <= ids.shape[1] and temperature > 0):
-            raise ValueError(f"start is {start} and temperature {temperature}; expected 1 … {ids.shape[1]} and above 0")
+            raise InputError(f"start is {start} and temperature {temperature}; expected 1 … {ids.shape[1]} and above 0")
         hidden = self.model(ids, mask)[:, start - 1 : -1]  # [B, T − start, D]; position t−1 tells token t
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         scores = TokenScores.apply(hidden.flatten(0, 1), weight, ids[:, start:].flatten(), temperature)
@@ -290,127 +306,93 @@ class RewardModel(Pretrained):
         return self.score(hidden)[:, 0].float()
 
 
-class Transformer(nn.Module):
-    """ids -> hidden states. `gradient_checkpointing` = True recomputes each block in backward and keeps only its input."""
+# ------------------------------------------------------------------------------------------------------------------- files
 
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.gradient_checkpointing = config, False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = norm(config, config.hidden_size)
+# What a family's config.json leaves out has these values, which are transformers' own.
+QWEN = {
+    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768, "max_window_layers": 28,
+}  # fmt: skip
+DEFAULTS = {
+    "qwen2": QWEN,
+    "qwen3": {**QWEN, "head_dim": 128},
+    "llama": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "gemma": {
+        "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
+        "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+    },
+}  # fmt: skip
 
-    def forward(self, ids, mask=None, cache=None):
-        """ids [B, T], mask [B, S] -> [B, T, D]. With a cache, ids are the newest T of S = cache.length + T tokens."""
-        past = cache.length if cache else 0
-        total = past + ids.shape[1]
-        if mask is not None and mask.shape != (len(ids), total):
-            raise ValueError(f"mask is {list(mask.shape)}; expected {[len(ids), total]}")
-        key = torch.arange(total, device=ids.device)
-        query = key[past:, None]
-        if mask is None:
-            attends, positions = (key <= query if past and len(query) > 1 else None), key[None, past:]
-        else:
-            # A padding token still sees itself: a row that sees nothing would be NaN.
-            attends = (key <= query) & mask.bool()[:, None, None] | (key == query)  # [B, 1, T, S]
-            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # padding does not count
-        rope = rotations(self.config, positions)
-        x = self.embed_tokens(ids)
-        if self.config.model_type == "gemma":
-            x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)  # rounded to x's dtype, as it was trained
-        for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, attends, use_reentrant=False)
-            else:
-                x = layer(x, rope, attends, cache)
-        if cache:
-            cache.length = total
-        return self.norm(x)
+# Keys of config.json that change the computation, and the values at which they do not.
+IMPLEMENTED = {
+    "model_type": tuple(DEFAULTS), "attention_dropout": (0, None), "hidden_activation": (None, "gelu_pytorch_tanh"),
+    "is_causal": (True, None), "mlp_bias": (False, None), "partial_rotary_factor": (1, None), "quantization_config": (None,),
+    "use_bidirectional_attention": (False, None),
+}  # fmt: skip
+
+# Small files beside the weights: read with the model and written again, so that a trained folder is whole.
+COMPANIONS = ("generation_config.json", "chat_template.jinja", "tokenizer.model", *tokenizers.FILES)
 
 
-class Layer(nn.Module):
-    def __init__(self, config, index):
-        super().__init__()
-        dim = config.hidden_size
-        self.act = ACTIVATIONS[config.hidden_act]
-        self.input_layernorm, self.self_attn = norm(config, dim), Attention(config, index)
-        self.post_attention_layernorm = norm(config, dim)
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(dim, config.intermediate_size, bias=False),
-                "up_proj": nn.Linear(dim, config.intermediate_size, bias=False),
-                "down_proj": nn.Linear(config.intermediate_size, dim, bias=False),
-            }
-        )
-
-    def forward(self, x, rope, attends, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, attends, cache)
-        normed = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](self.act(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed))
+@dataclasses.dataclass
+class Llama3:  # the numbers of rope_scaling: how `rotations` stretches the wavelengths
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: float
 
 
-class Attention(nn.Module):
-    def __init__(self, config, index):
-        super().__init__()
-        self.index, self.size = index, config.head_dim
-        dim, inner, shared = config.hidden_size, config.num_attention_heads * self.size, config.num_key_value_heads * self.size
-        qwen2, bias = config.model_type == "qwen2", config.attention_bias  # Qwen2 has no such option
-        self.q_proj = nn.Linear(dim, inner, bias=qwen2 or bias)
-        self.k_proj, self.v_proj = (nn.Linear(dim, shared, bias=qwen2 or bias) for _ in range(2))
-        self.o_proj = nn.Linear(inner, dim, bias=bias and not qwen2)
-        qk_norm = config.model_type == "qwen3"
-        self.q_norm, self.k_norm = (norm(config, self.size) if qk_norm else nn.Identity() for _ in range(2))
-
-    def forward(self, x, rope, attends, cache=None):
-        """x [B, T, D] -> [B, T, D]; attends: boolean, broadcastable to [B, heads, T, S], None for all tokens so far."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.size)).transpose(1, 2)  # [B, heads, T, d]
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        if cache:
-            k, v = cache.append(self.index, k, v)  # [B, heads, S, d]
-        if x.shape[1] == 1:  # one new token: the queries that share a key take the place of a sequence, and no key is copied
-            q = q.reshape(len(x), k.shape[1], -1, self.size)
-        elif attends is not None:  # CUDA's memory-saving kernel for masks wants a key head for every query head
-            k, v = (shared.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for shared in (k, v))
-        few, causal = k.shape[1] < q.shape[1], attends is None and x.shape[1] > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attends, is_causal=causal, enable_gqa=few)
-        return self.o_proj(out.reshape(len(x), -1, x.shape[1], self.size).transpose(1, 2).flatten(2))
+def read_config(path, task):
+    """The Config of a model folder. `task` is how the class name in its `architectures` ends, such as ForCausalLM."""
+    where = Path(path) / "config.json"
+    values = files.read_json(where)
+    configs.only(values, IMPLEMENTED, where, ("model_type",))
+    family, names = values["model_type"], values.get("architectures")
+    if names and not (isinstance(names, list) and family.capitalize() + task in names):
+        raise InputError(f"{where}: key 'architectures' is {names}; expected ['{family.capitalize()}{task}']")
+    values = {**DEFAULTS[family], **values, **read_rope(values, where)}
+    if family == "gemma" and values["hidden_act"] == "gelu":
+        values["hidden_act"] = "gelu_pytorch_tanh"  # what the first Gemma files meant by gelu
+    config = configs.parse(Config, values, where)
+    # No layer may attend within a sliding window. In older files those from max_window_layers on do.
+    kinds, whole = values.get("layer_types"), values.get("max_window_layers")
+    if kinds:
+        configs.only(values, {"layer_types": (["full_attention"] * config.num_hidden_layers,)}, where)
+    elif values.get("sliding_window", 4096) and not (type(whole) is int and whole >= config.num_hidden_layers):
+        configs.only(values, {"use_sliding_window": (False, None)}, where)
+    return config
 
 
-def rotations(config, positions):
-    """What `rotate` multiplies by, positions [B, T] -> cos and ±sin, [B, 1, T, d], in float32: large angles need its bits."""
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequencies = 1 / config.rope_theta ** (steps / config.head_dim)  # [d/2], radians per position
-    if config.rope_scaling:
-        # Llama 3: wavelengths that went round often in the trained length stay; those that did not even go round
-        # low_freq_factor times are stretched by `factor`; in between, a straight line from one to the other.
-        factor, low, high, length = (config.rope_scaling[name] for name in LLAMA3)
-        rounds = length * frequencies / (2 * math.pi)
-        kept = ((rounds - low) / (high - low)).clamp(0, 1)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
-    angles = positions[:, None, :, None] * frequencies
-    return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-angles.sin(), angles.sin()], dim=-1)
+def read_rope(values, where):
+    """rope_theta and rope_scaling from transformers 4's keys of these names, or from transformers 5's rope_parameters."""
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    rope, where = dict(configs.section(values, name, where)), f"{where}: '{name}'"
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    theta = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
+    configs.only({"rope_type": kind}, {"rope_type": ("default", "llama3")}, where)
+    if kind == "llama3":
+        rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+        configs.parse(Llama3, rope, where)
+    known = [field.name for field in dataclasses.fields(Llama3)] if kind == "llama3" else []
+    configs.only(rope, {key: (None,) for key in rope if key not in known}, where)
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope} if rope else None}
 
 
-def rotate(x, rope):
-    """Turns the pairs (i, i + d/2) of x [B, heads, T, d] by their angles, in float32."""
-    (cos, sin), wide = rope, x.float()
-    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
-
-
-def norm(config, dim):
-    return RMSNorm(dim, config.rms_norm_eps, offset=1.0 if config.model_type == "gemma" else 0.0)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · (offset + weight), in float32 because the sum of squares overflows in half precision."""
-
-    def __init__(self, dim, eps, offset):
-        super().__init__()
-        self.eps, self.offset, self.weight = eps, offset, nn.Parameter(torch.full((dim,), 1 - offset))
-
-    def forward(self, x):
-        weight = self.weight.float() + self.offset if self.offset else self.weight.float()
-        return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
+def load(cls, path, dtype, device):
+    config, file = read_config(path, cls.task), safetensors.Checkpoint(path)
+    head, embeddings, elsewhere = "lm_head.weight", "model.embed_tokens.weight", {}
+    ignore = r".*rotary_emb\.inv_freq"  # older files carry the rotary frequencies, which the config tells
+    if config.tie_word_embeddings and head in file.home and embeddings not in file.home:
+        elsewhere[embeddings] = head
+    elif config.tie_word_embeddings and head in file.home:
+        ignore += f"|{head}"
+        one, other = file.read(head, device), file.read(embeddings, device)
+        if one.shape != other.shape or not (one.is_meta or torch.equal(one, other)):
+            raise InputError(f"{file.where(head)} differs from '{embeddings}', to which it is tied")
+    model = safetensors.load(lambda: cls(config), file, dtype, device, lambda name: elsewhere.get(name, name), ignore)
+    model.files = {name: (path / name).read_bytes() for name in COMPANIONS if (path / name).is_file()}
+    return model

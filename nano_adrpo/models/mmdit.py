@@ -2,32 +2,28 @@
 
   * the latent image becomes a sequence of patches, plus a 2-D sin-cos position table of which the centre is cropped
   * the time and the pooled prompt embedding become one vector, `cond`, that shifts, scales and gates every block (adaLN-Zero)
-  * two streams, image and text, with weights of their own; each block joins them in one attention and parts them again
+  * two streams, image and text, with weights of their own; each block joins them in one attention and splits them again
   * the last block does not update the text stream, whose output nobody reads
   * SD3.5: RMS norm on queries and keys; SD3.5-medium: a second, image-only attention in its first blocks
 
-SD3's own language: sigma = 1 is noise and sigma = 0 data, and the output estimates noise − data. The paper's runs the other
-way; `text_to_image.py` translates, and nothing else does.
-
-Module names are diffusers' (SD3Transformer2DModel), so a diffusers folder loads key by key, and adapters made for it find
-their layers. `STABILITY` below maps the other public layout, Stability's single file.
+It speaks SD3's own language: sigma = 1 is noise, sigma = 0 is data, and the output estimates noise − data. text_to_image turns
+it round. Module names are diffusers' (SD3Transformer2DModel); `STABILITY` at the end maps Stability's single file to them.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nano_adrpo import weights
-
-STEM = "diffusion_pytorch_model"  # what diffusers calls the weight file
+from nano_adrpo.errors import InputError
+from nano_adrpo.files import config as configs
+from nano_adrpo.files import safetensors
 
 
 @dataclasses.dataclass
@@ -45,20 +41,13 @@ class Config:
     pooled_projection_dim: int = 2048  # width of the prompt's pooled embedding
     caption_projection_dim: int = 1152  # width of the text stream, which must be the image stream's
     pos_embed_max_size: int = 96  # side of the position table, in patches
-    dual_attention_layers: tuple = ()
-    qk_norm: str | None = None
+    dual_attention_layers: tuple[configs.Index, ...] = ()
+    qk_norm: Literal["rms_norm"] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.dual_attention_layers, (list, tuple)):
-            raise ValueError(f"dual_attention_layers is {self.dual_attention_layers!r}; expected a list of layers")
-        self.dual_attention_layers = tuple(self.dual_attention_layers)
-        self.out_channels = self.in_channels if self.out_channels is None else self.out_channels
-        if type(self.out_channels) is not int or self.out_channels <= 0:
-            raise ValueError(f"out_channels is {self.out_channels!r}; expected a positive int or null")
+        self.out_channels = self.out_channels or self.in_channels
         if self.caption_projection_dim != self.dim:
-            raise ValueError(f"caption_projection_dim is {self.caption_projection_dim}; expected heads × head dim = {self.dim}")
-        if self.qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"qk_norm is {self.qk_norm!r}; expected null or 'rms_norm'")
+            raise InputError(f"caption_projection_dim is {self.caption_projection_dim}; expected heads × head dim = {self.dim}")
 
     @property
     def dim(self):
@@ -115,32 +104,11 @@ class MMDiT(nn.Module):
     def from_pretrained(cls, path, dtype=None, device=None):
         """Opens a diffusers `transformer/` folder or Stability's single file (with the prefix `model.diffusion_model.`,
         beside which other models may lie in the file, or with none). dtype None is the file's; device None the CPU."""
-        path = Path(path)
-        if path.is_file():
-            file = weights.Checkpoint(path)
-            refuse_other_families(file.home, path)
-            prefix = "model.diffusion_model." if any(key.startswith("model.diffusion_model.") for key in file.home) else ""
-            keys = [key for key in file.home if key.startswith(prefix)]
-            config = stability_config({key.removeprefix(prefix): file.shapes[key] for key in keys}, prefix, path)
-            with torch.device("meta"):
-                model = cls(config)
-
-            def convert(key, read):
-                return from_stability(key.removeprefix(prefix), read, config)
-
-            return weights.load(model, file, dtype, device, convert, keys, lambda name: prefix + to_stability(name))
-        where = path / "config.json"
-        values = weights.read_json(where)
-        if (name := values.get("_class_name", "SD3Transformer2DModel")) != "SD3Transformer2DModel":
-            raise ValueError(f"{where}: '_class_name' is {name!r}; expected 'SD3Transformer2DModel'")
-        with torch.device("meta"):
-            model = cls(weights.parse_config(Config, values, where))
-        return weights.load(model, weights.Checkpoint(path, STEM), dtype, device)
+        return load(cls, Path(path), dtype, device)
 
     def save_pretrained(self, path):
         """Writes a folder that diffusers' SD3Transformer2DModel.from_pretrained opens."""
-        config = {"_class_name": "SD3Transformer2DModel", **dataclasses.asdict(self.config)}
-        weights.save_model(path, self, config, STEM)
+        safetensors.save_model(path, self, {"_class_name": CLASS, **dataclasses.asdict(self.config)}, STEM)
 
 
 class Modulation(NamedTuple):
@@ -256,16 +224,16 @@ class PatchEmbed(nn.Module):
         height, width = latents.shape[-2] // patch, latents.shape[-1] // patch
         if latents.shape[-2] % patch or latents.shape[-1] % patch or max(height, width) > self.side:
             size = f"{latents.shape[-2]} × {latents.shape[-1]}"
-            raise ValueError(f"latents are {size}; expected multiples of {patch}, at most {self.side * patch}")
+            raise InputError(f"latents are {size}; expected multiples of {patch}, at most {self.side * patch}")
         top, left = (self.side - height) // 2, (self.side - width) // 2
         table = self.pos_embed.unflatten(1, (self.side, self.side))[:, top : top + height, left : left + width]
         return self.proj(latents).flatten(2).transpose(1, 2) + table.flatten(1, 2)
 
 
-def position_table(dim, side, base):
-    """The 2-D sin-cos table of a model trained from scratch, [1, side², dim]; a checkpoint brings its own. Half the
-    channels tell the column, half the row; `base` patches are the unit, so that a wider table has finer steps."""
-    positions = torch.arange(side, dtype=torch.float32) / (side / base)
+def position_table(dim, side, length):
+    """The 2-D sin-cos table of a model trained from scratch, [1, side², dim]; a checkpoint brings its own. Half the channels
+    tell the column, half the row. Positions run from 0 to `length`, so that a table of more patches has finer steps."""
+    positions = torch.arange(side, dtype=torch.float32) / (side / length)
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     angles = positions[:, None] * omega  # [side, dim/4]
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, dim/2]
@@ -302,115 +270,86 @@ def layer_norm(x):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-# Stability's single file. A tuple: the three blocks of a fused query-key-value layer.
+# ------------------------------------------------------------------------------------------------------------------- files
+
+CLASS, STEM = "SD3Transformer2DModel", "diffusion_pytorch_model"  # what diffusers calls the model and its weight file
+
+# Ours -> Stability's, replaced in this order within a name. Three names with one key are a fused query-key-value layer.
 STABILITY = {
-    "pos_embed": "pos_embed.pos_embed",
-    "x_embedder.proj": "pos_embed.proj",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-    "context_embedder": "context_embedder",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-    "final_layer.linear": "proj_out",
+    "pos_embed.proj": "x_embedder.proj",
+    "pos_embed.pos_embed": "pos_embed",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "transformer_blocks": "joint_blocks",
+    ".norm1.linear": ".x_block.adaLN_modulation.1",
+    ".attn.to_q": ".x_block.attn.qkv",
+    ".attn.to_k": ".x_block.attn.qkv",
+    ".attn.to_v": ".x_block.attn.qkv",
+    ".attn.norm_q": ".x_block.attn.ln_q",
+    ".attn.norm_k": ".x_block.attn.ln_k",
+    ".attn.to_out.0": ".x_block.attn.proj",
+    ".attn2.to_q": ".x_block.attn2.qkv",
+    ".attn2.to_k": ".x_block.attn2.qkv",
+    ".attn2.to_v": ".x_block.attn2.qkv",
+    ".attn2.norm_q": ".x_block.attn2.ln_q",
+    ".attn2.norm_k": ".x_block.attn2.ln_k",
+    ".attn2.to_out.0": ".x_block.attn2.proj",
+    ".ff.net.0.proj": ".x_block.mlp.fc1",
+    ".ff.net.2": ".x_block.mlp.fc2",
+    ".norm1_context.linear": ".context_block.adaLN_modulation.1",
+    ".attn.add_q_proj": ".context_block.attn.qkv",
+    ".attn.add_k_proj": ".context_block.attn.qkv",
+    ".attn.add_v_proj": ".context_block.attn.qkv",
+    ".attn.norm_added_q": ".context_block.attn.ln_q",
+    ".attn.norm_added_k": ".context_block.attn.ln_k",
+    ".attn.to_add_out": ".context_block.attn.proj",
+    ".ff_context.net.0.proj": ".context_block.mlp.fc1",
+    ".ff_context.net.2": ".context_block.mlp.fc2",
 }
-STABILITY_BLOCK = {
-    "x_block.adaLN_modulation.1": "norm1.linear",
-    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "x_block.attn.ln_q": "attn.norm_q",
-    "x_block.attn.ln_k": "attn.norm_k",
-    "x_block.attn.proj": "attn.to_out.0",
-    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "x_block.attn2.ln_q": "attn2.norm_q",
-    "x_block.attn2.ln_k": "attn2.norm_k",
-    "x_block.attn2.proj": "attn2.to_out.0",
-    "x_block.mlp.fc1": "ff.net.0.proj",
-    "x_block.mlp.fc2": "ff.net.2",
-    "context_block.adaLN_modulation.1": "norm1_context.linear",
-    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "context_block.attn.ln_q": "attn.norm_added_q",
-    "context_block.attn.ln_k": "attn.norm_added_k",
-    "context_block.attn.proj": "attn.to_add_out",
-    "context_block.mlp.fc1": "ff_context.net.0.proj",
-    "context_block.mlp.fc2": "ff_context.net.2",
-}
-
-
-# What a key of another family's file begins with, behind `model.diffusion_model.` where that is there. The first that occurs
-# decides, so the more telling ones stand above: SDXL has SD 1's blocks too.
-TELLTALES = {
-    "double_blocks.0.img_attn.": "FLUX",
-    "single_transformer_blocks.": "FLUX (diffusers)",
-    "double_layers.0.": "AuraFlow",
-    "label_emb.": "SDXL",
-    "conditioner.embedders.": "SDXL",
-    "add_embedding.": "SDXL (diffusers)",
-    "cond_stage_model.transformer.": "Stable Diffusion 1",
-    "cond_stage_model.model.": "Stable Diffusion 2",
-    "input_blocks.": "Stable Diffusion 1, 2 or SDXL",
-    "down_blocks.": "Stable Diffusion 1, 2 or SDXL (diffusers)",
-    "transformer_blocks.": "diffusers-layout",
+# What the axes of some of its tensors are: no config.json lies beside a single file.
+STABILITY_AXES = {
+    "x_embedder.proj.weight": ("caption_projection_dim", "in_channels", "patch_size", None),
+    "pos_embed": (None, "positions", None),
+    "context_embedder.weight": (None, "joint_attention_dim"),
+    "y_embedder.mlp.0.weight": (None, "pooled_projection_dim"),
+    "final_layer.linear.weight": ("outputs", None),
 }
 
 
-def refuse_other_families(keys, path):
-    """ValueError, naming the family, if a single file is another one's."""
-    if any("joint_blocks." in key for key in keys):
-        return
-    for start, family in TELLTALES.items():
-        if key := next((key for key in keys if key.removeprefix("model.diffusion_model.").startswith(start)), None):
-            raise ValueError(
-                f"{path}: this is a {family} checkpoint (key '{key}'); expected SD3 or SD3.5 in Stability's layout"
-            )
+def load(cls, path, dtype, device):
+    if not path.is_file():
+        config = configs.read(Config, path / "config.json", {"_class_name": (CLASS,)})
+        return safetensors.load(lambda: cls(config), safetensors.Checkpoint(path, STEM), dtype, device)
+    file = safetensors.Checkpoint(path, prefix="model.diffusion_model.")
+    config = stability_config(file)
+    model = safetensors.load(lambda: cls(config), file, dtype, device, lambda name: safetensors.rename(name, STABILITY))
+    # The two layers that shift and scale but do not gate: Stability orders their outputs shift, scale; diffusers scale, shift.
+    for layer in (model.norm_out, model.transformer_blocks[-1].norm1_context):
+        for parameter in layer.parameters():
+            parameter.data = torch.cat(parameter.data.chunk(2)[::-1])
+    return model
 
 
-def from_stability(key, read, config):
-    """One tensor of Stability's file -> {diffusers' name: tensor}; an unknown key keeps its name, which no model has."""
-    stem, dot, kind = key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "")
-    block = re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", stem)
-    names = STABILITY_BLOCK.get(block[2]) if block else STABILITY.get(stem)
-    if names is None:
-        return {key: read()}
-    prefix = f"transformer_blocks.{block[1]}." if block else ""
-    tensor = torch.atleast_1d(read())  # so that a misshapen one can be cut, and is told by its shape
-    if isinstance(names, tuple):
-        return {f"{prefix}{name}{dot}{kind}": part.clone() for name, part in zip(names, tensor.chunk(3))}
-    name = f"{prefix}{names}{dot}{kind}"
-    # The two layers that only shift and scale: Stability orders them shift, scale; diffusers scale, shift.
-    if name.startswith(("norm_out.", f"transformer_blocks.{config.num_layers - 1}.norm1_context.")):
-        tensor = torch.cat(tensor.chunk(2)[::-1])
-    return {name: tensor}
-
-
-def to_stability(name):
-    """diffusers' name of a tensor -> the key in Stability's file that has it."""
-    stem, dot, kind = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
-    block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", stem)
-    table, stem = (STABILITY_BLOCK, block[2]) if block else (STABILITY, stem)
-    key = next(key for key, ours in table.items() if stem == ours or isinstance(ours, tuple) and stem in ours)
-    return f"joint_blocks.{block[1]}.{key}{dot}{kind}" if block else key + dot + kind
-
-
-def stability_config(shapes, prefix, path):
-    """The sizes that Stability's file does not spell out, read off its tensors' shapes; its heads are always 64 wide."""
-    layers = {int(match[1]) for key in shapes if (match := re.match(r"joint_blocks\.(\d+)\.", key))}
-    dual = {int(match[1]) for key in shapes if (match := re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", key))}
-    size = functools.partial(weights.size, shapes, path, "Stability's SD3 or SD3.5 layout", prefix)
-    dim, channels, patch = (size("x_embedder.proj.weight", axis, 4) for axis in range(3))
-    if dim % 64:
-        raise ValueError(f"{path}: the width {dim} does not divide into heads of 64, as in SD3 and SD3.5")
-    side = math.isqrt(size("pos_embed", 1, 3))
-    return Config(
-        sample_size=min(128, side * patch),  # 128 (1024 px) in every release, of which nothing in the file tells
-        patch_size=patch,
-        in_channels=channels,
-        out_channels=max(1, size("final_layer.linear.weight", 0) // patch**2),
-        num_layers=max(layers, default=0) + 1,
-        num_attention_heads=dim // 64,
-        joint_attention_dim=size("context_embedder.weight", 1),
-        pooled_projection_dim=size("y_embedder.mlp.0.weight", 1),
-        caption_projection_dim=dim,
-        pos_embed_max_size=side,
-        dual_attention_layers=sorted(dual),
-        qk_norm="rms_norm" if any(".ln_q." in key for key in shapes) else None,
+def stability_config(file):
+    """The sizes of a single file, read off the shapes of its tensors. Heads are 64 wide in SD3 and SD3.5."""
+    sizes = file.measure("Stability's layout of SD3 or SD3.5", STABILITY_AXES)
+    side, dual = (
+        math.isqrt(sizes.pop("positions")),
+        (re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", k) for k in file.shapes),
     )
+    sizes |= {
+        "sample_size": min(
+            128, side * sizes["patch_size"]
+        ),  # 128 (1024 px) in every release, of which nothing in the file tells
+        "out_channels": sizes.pop("outputs") // sizes["patch_size"] ** 2,
+        "num_layers": file.count("joint_blocks."),
+        "num_attention_heads": file.heads(sizes["caption_projection_dim"]),
+        "pos_embed_max_size": side,
+        "dual_attention_layers": sorted({int(match[1]) for match in dual if match}),
+        "qk_norm": "rms_norm" if any(".ln_q." in key for key in file.shapes) else None,
+    }
+    return configs.parse(Config, sizes, file.path)

@@ -5,15 +5,13 @@
     distances one by one and far ones in logarithmic buckets; every block adds the same numbers to its attention's scores
   * the scores are not divided by √d: the weights were trained without
 
-Module names are transformers' (T5EncoderModel), so its folders load key by key, and so do the single files of that layout
-(t5xxl_fp16.safetensors, or the T5 inside Stability's SD3 file).
+Module names are transformers' (T5EncoderModel), in its folders and in the single files of SD3's release.
 
 In half precision the sum over the blocks is kept in float32, and in float16 the MLP's last product too: the largest of its
 numbers exceed 65,504. transformers does the same by keeping `wo` in float32; its clamping of what is still float16 is left out.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from pathlib import Path
@@ -22,22 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nano_adrpo import weights
+from nano_adrpo.errors import InputError
+from nano_adrpo.files import config as configs
+from nano_adrpo.files import safetensors
 
-PREFIX = "text_encoders.t5xxl.transformer."  # in Stability's single file
-TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
-
-# What makes a T5 another computation, key by key of config.json: its default, and the only value implemented.
-ONLY = {
-    "model_type": (None, "t5"),
-    "feed_forward_proj": ("relu", "gated-gelu"),
-    "dense_act_fn": ("gelu_new", "gelu_new"),  # the tanh GELU; where it is given, transformers obeys it and not the above
-    "is_decoder": (False, False),
-}
-
-# What may lie beside an encoder: the rest of a whole T5, and a number that files saved by ComfyUI carry and nothing reads.
-BESIDE = re.compile(r"decoder\..*|lm_head\.weight|logit_scale")
-ALIAS = "encoder.embed_tokens.weight"  # transformers' second name of shared.weight; t5xxl_fp16.safetensors holds both
+TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"  # the first block's, which all blocks use
 
 
 @dataclasses.dataclass
@@ -57,7 +44,7 @@ class Config:
     def __post_init__(self):
         buckets, farthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets < 4 or farthest <= buckets // 4:
-            raise ValueError(
+            raise InputError(
                 f"relative_attention_num_buckets is {buckets} and relative_attention_max_distance {farthest}; expected 4 or "
                 "more, and a distance of more than a quarter of it"
             )
@@ -96,7 +83,7 @@ class T5Encoder(nn.Module):
         module = self.get_submodule(name)
         if not self.read:
             return module(*inputs)
-        tensors = {part: self.read(f"{name}.{part}") for part, _ in module.named_parameters()}
+        tensors = {inside: self.read(f"{name}.{inside}") for inside, _ in module.named_parameters()}
         return torch.func.functional_call(module, tensors, inputs)
 
     @classmethod
@@ -110,33 +97,14 @@ class T5Encoder(nn.Module):
                   0.39 of 9.5 GB). The outputs are the same bit for bit; so are the checks, made here. The parameters stay
                   meta: such a model is neither trained, moved nor saved. Encode once and keep the embeddings.
         """
-        path, where = Path(path), Path(path) / "config.json"
-        if not path.is_file():
-            values = weights.read_json(where)
-            for key, (default, known) in ONLY.items():
-                if (value := values.get(key, default)) != known:
-                    raise ValueError(f"{where}: '{key}' is {value!r}; expected {known!r}, the encoder of T5 version 1.1")
-            config = weights.parse_config(Config, values, where)
-        checkpoint = weights.Checkpoint(path)
-        prefix = PREFIX if any(key.startswith(PREFIX) for key in checkpoint.home) else ""
-        keys = encoder_keys(checkpoint.home, prefix)
-        if path.is_file():
-            config = sizes({name: checkpoint.shapes[key] for key, name in keys.items()}, prefix, path)
-        with torch.device("meta"):
-            model = cls(config)
-        where = "meta" if stream else device
-        weights.load(model, checkpoint, dtype, where, lambda key, read: {keys[key]: read()}, keys, lambda name: prefix + name)
-        if stream:
-            home, dtype = {name: key for key, name in keys.items()}, model.shared.weight.dtype
-            model.read = lambda name: checkpoint.read(home[name], device).to(dtype)
-        return model
+        return load(cls, Path(path), dtype, device, stream)
 
     def save_pretrained(self, path):
         """Writes a folder that transformers' T5EncoderModel.from_pretrained opens."""
         if self.read:
-            raise ValueError(f"{path}: a T5Encoder with stream=True has no weights to save; expected one without")
+            raise InputError(f"{path}: a T5Encoder with stream=True has no weights to save; expected one without")
         config = {"architectures": ["T5EncoderModel"], "model_type": "t5", **dataclasses.asdict(self.config)}
-        weights.save_model(path, self, {**config, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
+        safetensors.save_model(path, self, {**config, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
 
 
 class Block(nn.Module):
@@ -212,27 +180,52 @@ def buckets(length, config):
     return torch.where(distance < exact, distance, far) + half * (offset > 0)
 
 
-def encoder_keys(keys, prefix):
-    """{key in the file: name in the model} of the encoder's tensors."""
-    names = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
-    names = {key: name for key, name in names.items() if not BESIDE.fullmatch(name)}
-    if prefix + ALIAS in names and "shared.weight" in names.values():
-        del names[prefix + ALIAS]
-    return {key: "shared.weight" if name == ALIAS else name for key, name in names.items()}
+# ------------------------------------------------------------------------------------------------------------------- files
+
+PREFIX = "text_encoders.t5xxl.transformer."  # in Stability's single file
+ALIAS = "encoder.embed_tokens.weight"  # transformers' second name of shared.weight; t5xxl_fp16.safetensors holds both
+
+# What may lie beside an encoder: the rest of a whole T5, and a number that files saved by ComfyUI carry and nothing reads.
+BESIDE = r"decoder\..*|lm_head\.weight|logit_scale"
+
+IMPLEMENTED = {
+    "model_type": ("t5",),
+    "feed_forward_proj": ("gated-gelu",),
+    "dense_act_fn": ("gelu_new",),  # the tanh GELU; where it is given, transformers obeys it and not the above
+    "is_decoder": (False,),
+}
+# What the axes of some tensors are: no config.json lies beside a single file. The table has a column per head.
+AXES = {
+    "encoder.block.0.layer.0.SelfAttention.q.weight": ("inner", None),
+    f"{TABLE}.weight": ("relative_attention_num_buckets", "num_heads"),
+    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": ("d_ff", None),
+}
 
 
-def sizes(shapes, prefix, path):
-    """The sizes that a single file does not spell out, read off its tensors' shapes {name in the model: shape}. The table of
-    distances has a column per head, which gives d_kv (64 in every public T5)."""
+def load(cls, path, dtype, device, stream):
+    if not path.is_file():
+        config = configs.read(Config, path / "config.json", IMPLEMENTED, ("model_type", "feed_forward_proj"))
+    file = safetensors.Checkpoint(path, prefix=PREFIX)
+    embeddings = ALIAS if ALIAS in file.home and "shared.weight" not in file.home else "shared.weight"
+    ignore = BESIDE if embeddings == ALIAS else f"{BESIDE}|{re.escape(ALIAS)}"
+    if path.is_file():
+        config = single_file_config(file, embeddings)
 
-    size = functools.partial(weights.size, shapes, path, "the encoder of T5 version 1.1", prefix)
-    first, table = "encoder.block.0.layer", f"{TABLE}.weight"
-    inner, heads = size(f"{first}.0.SelfAttention.q.weight", 0), size(table, 1)
+    def key_of(name):
+        return embeddings if name == "shared.weight" else name
+
+    model = safetensors.load(lambda: cls(config), file, dtype, "meta" if stream else device, key_of, ignore)
+    if stream:
+        dtype = model.shared.weight.dtype
+        model.read = lambda name: file.read(key_of(name), device).to(dtype)
+    return model
+
+
+def single_file_config(file, embeddings):
+    """The sizes of a single file, read off the shapes of its tensors."""
+    sizes = file.measure("the encoder of T5 version 1.1", AXES | {embeddings: ("vocab_size", "d_model")})
+    inner, heads = sizes.pop("inner"), sizes["num_heads"]
     if inner % heads:
-        where = f"{path}: key '{prefix}{table}' has shape {list(shapes[table])}"
-        raise ValueError(f"{where}; expected a column per head, where q has {inner} rows")
-    d_model, d_ff = size("shared.weight", 1), size(f"{first}.1.DenseReluDense.wi_0.weight", 0)
-    layers = {int(match[1]) for name in shapes if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
-    values = dict(vocab_size=size("shared.weight", 0), d_model=d_model, d_kv=inner // heads, d_ff=d_ff, num_heads=heads)
-    values |= dict(num_layers=max(layers) + 1, relative_attention_num_buckets=size(table, 0))
-    return weights.parse_config(Config, values, path)
+        where = f"{file.where(f'{TABLE}.weight')} has shape {list(file.shapes[f'{TABLE}.weight'])}"
+        raise InputError(f"{where}; expected a column per head, where q has {inner} rows")
+    return configs.parse(Config, sizes | {"d_kv": inner // heads, "num_layers": file.count("encoder.block.")}, file.path)

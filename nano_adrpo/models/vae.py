@@ -6,12 +6,10 @@
   * the encoder gives mean and log variance of a Gaussian, of which only the mean is used here
   * the transformer sees (mean − shift) · scale
 
-Module names are diffusers' (AutoencoderKL), so a `vae/` folder loads key by key; `STABILITY` below maps the other public
-layout, Stability's single file. The autoencoders of SD1 and SDXL (4 channels, with quant_conv) are refused.
+Module names are diffusers' (AutoencoderKL); `STABILITY` at the end maps Stability's single file to them.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections import OrderedDict
@@ -21,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nano_adrpo import weights
-
-STEM = "diffusion_pytorch_model"  # what diffusers calls the weight file
+from nano_adrpo import files
+from nano_adrpo.errors import InputError
+from nano_adrpo.files import config as configs
+from nano_adrpo.files import safetensors
 
 
 @dataclasses.dataclass
@@ -33,36 +32,18 @@ class Config:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple = (64,)  # width at each resolution, the finest first
+    block_out_channels: tuple[int, ...] = (64,)  # width at each resolution, the finest first
     layers_per_block: int = 1  # residual blocks per resolution of the encoder; the decoder has one more
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
     scaling_factor: float = 0.18215
-    shift_factor: float | None = None  # None is 0
-    sample_size: int | list = 32  # image size it was trained at, which only diffusers' own tiling reads
+    shift_factor: configs.Number | None = None  # None is 0
+    sample_size: int | tuple[int, ...] = 32  # image size it was trained at, which only diffusers' own tiling reads
 
     def __post_init__(self):
         widths, groups = self.block_out_channels, self.norm_num_groups
-        self.block_out_channels = tuple(widths) if isinstance(widths, (list, tuple)) else ()
-        if not self.block_out_channels or any(type(w) is not int or w <= 0 or w % groups for w in self.block_out_channels):
-            raise ValueError(f"block_out_channels is {widths!r}; expected a list of multiples of norm_num_groups = {groups}")
-        if type(self.shift_factor) not in (int, float, type(None)):
-            raise ValueError(f"shift_factor is {self.shift_factor!r}; expected a number or null")
-        if type(self.mid_block_add_attention) is not bool:
-            raise ValueError(f"mid_block_add_attention is {self.mid_block_add_attention!r}; expected true or false")
-
-
-def fixed(stages):
-    """What else AutoencoderKL could be, key by key of its config.json: (diffusers' default, the only value known here)."""
-    return {
-        "down_block_types": (["DownEncoderBlock2D"], ["DownEncoderBlock2D"] * stages),
-        "up_block_types": (["UpDecoderBlock2D"], ["UpDecoderBlock2D"] * stages),
-        "act_fn": ("silu", "silu"),
-        "use_quant_conv": (True, False),  # SD1 and SDXL have these two 1 × 1 convolutions around the latents, SD3 has not
-        "use_post_quant_conv": (True, False),
-        "latents_mean": (None, None),
-        "latents_std": (None, None),
-    }
+        if not widths or any(width % groups for width in widths):
+            raise InputError(f"block_out_channels is {widths}; expected multiples of norm_num_groups = {groups}")
 
 
 class Autoencoder(nn.Module):
@@ -79,12 +60,12 @@ class Autoencoder(nn.Module):
     def encode(self, images):
         """The mean latents, scaled and shifted for the transformer.
 
-        images   [B, 3, H, W] in [−1, 1], in the model's dtype; H and W multiples of `factor`, else ValueError
+        images   [B, 3, H, W] in [−1, 1], in the model's dtype; H and W multiples of `factor`, else InputError
         returns  [B, latent_channels, H / factor, W / factor]
         """
         height, width = images.shape[-2:]
         if height % self.factor or width % self.factor:
-            raise ValueError(f"images are {height} × {width}; expected multiples of {self.factor}")
+            raise InputError(f"images are {height} × {width}; expected multiples of {self.factor}")
         mean, _ = self.encoder(images).chunk(2, dim=1)  # the rest is the log variance
         return (mean - (self.config.shift_factor or 0)) * self.config.scaling_factor
 
@@ -92,7 +73,7 @@ class Autoencoder(nn.Module):
         """The inverse of `encode`.
 
         latents  [B, latent_channels, H, W], in the model's dtype
-        tile     None decodes all at once; a number of latent pixels (at least 1, else ValueError) decodes squares of that
+        tile     None decodes all at once; a number of latent pixels (at least 1, else InputError) decodes squares of that
                  side, one after the other, and blends their overlaps, so that only the image itself grows in memory. It is
                  not quite the same image: group norm and attention see a tile alone, and the public decoder's convolutions
                  reach 17 to 18 latent pixels. From 64 on an overlap is about as wide as that
@@ -102,7 +83,7 @@ class Autoencoder(nn.Module):
         if tile is None:
             return self.decoder(latents)
         if tile < 1:
-            raise ValueError(f"tile is {tile}; expected at least 1 latent pixel")
+            raise InputError(f"tile is {tile}; expected at least 1 latent pixel")
         height, width = latents.shape[-2:]
         # Blended in float32 or better: in bfloat16 the weights would sum to 1 within 1/256 only.
         images = latents.new_zeros(
@@ -122,42 +103,12 @@ class Autoencoder(nn.Module):
 
         FLUX's autoencoder has the same keys and shapes, but another scale and shift. A folder's config tells; a single file is
         taken for SD3's unless FLUX's transformer lies in it too."""
-        path = Path(path)
-        if path.is_file():
-            checkpoint = weights.Checkpoint(path)
-            prefix = "first_stage_model." if any(key.startswith("first_stage_model.") for key in checkpoint.home) else ""
-            for key in checkpoint.home:
-                if "double_blocks." in key or key.removeprefix(prefix).startswith(("quant_conv.", "post_quant_conv.")):
-                    family = "FLUX" if "double_blocks." in key else "SD1 or SDXL"
-                    raise ValueError(f"{path}: key '{key}' is of {family}; expected SD3's autoencoder")
-            keys = [key for key in checkpoint.home if key.startswith(prefix)]
-            config = stability_config({key.removeprefix(prefix): checkpoint.shapes[key] for key in keys}, prefix, path)
-        else:
-            where = path / "config.json"
-            values = weights.read_json(where)
-            if (name := values.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-                raise ValueError(f"{where}: '_class_name' is {name!r}; expected 'AutoencoderKL'")
-            config = weights.parse_config(Config, values, where)
-            for key, (default, known) in fixed(len(config.block_out_channels)).items():
-                if (value := values.get(key, default)) != known:
-                    raise ValueError(f"{where}: key '{key}' is {value!r}; expected {known!r}, as in SD3's autoencoder")
-        with torch.device("meta"):
-            model = cls(config)
-        if path.is_dir():
-            return weights.load(model, weights.Checkpoint(path, STEM), dtype, device)
-        names = {prefix + to_stability(name, config): name for name in model.state_dict()}
-
-        def convert(key, read):
-            name, tensor = names.get(key), read()  # None: not part of the model
-            # Stability has attention's linear layers as 1 × 1 convolutions, [D, D, 1, 1].
-            return {name: tensor.flatten(1) if name and ".attentions." in name and tensor.dim() == 4 else tensor}
-
-        return weights.load(model, checkpoint, dtype, device, convert, keys, lambda name: prefix + to_stability(name, config))
+        return load(cls, Path(path), dtype, device)
 
     def save_pretrained(self, path):
         """Writes a folder that diffusers' AutoencoderKL.from_pretrained opens."""
-        known = {key: value for key, (_, value) in fixed(len(self.config.block_out_channels)).items()}
-        weights.save_model(path, self, {"_class_name": "AutoencoderKL", **dataclasses.asdict(self.config), **known}, STEM)
+        fixed = {key: value for key, (value,) in implemented(len(self.config.block_out_channels)).items()}
+        safetensors.save_model(path, self, {"_class_name": CLASS, **dataclasses.asdict(self.config), **fixed}, STEM)
 
 
 class Encoder(nn.Module):
@@ -284,10 +235,31 @@ def tiles(length, tile, factor):
     starts = [round(i * (length - tile) / max(count - 1, 1)) for i in range(count)]
     spans = [(slice(start, start + tile), slice(factor * start, factor * (start + tile))) for start in starts]
     ramp = torch.arange(factor * tile, dtype=torch.float64) + 0.5  # from the tile's end to each pixel's middle
-    tent, total = torch.minimum(ramp, ramp.flip(0)), torch.zeros(factor * length, dtype=torch.float64)
+    tent, sums = torch.minimum(ramp, ramp.flip(0)), torch.zeros(factor * length, dtype=torch.float64)
     for _, pixels in spans:
-        total[pixels] += tent
-    return [(latent, pixels, tent / total[pixels]) for latent, pixels in spans]
+        sums[pixels] += tent
+    return [(latent, pixels, tent / sums[pixels]) for latent, pixels in spans]
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+CLASS, STEM = "AutoencoderKL", "diffusion_pytorch_model"  # what diffusers calls the model and its weight file
+
+# SD1 and SDXL have two 1 × 1 convolutions around the latents, and a config.json that does not mention them means yes.
+NEEDED = ("use_quant_conv", "use_post_quant_conv")
+
+
+def implemented(stages):
+    """Keys of config.json that would make AutoencoderKL another model, and the values that make it this one."""
+    return {
+        "down_block_types": (["DownEncoderBlock2D"] * stages,),
+        "up_block_types": (["UpDecoderBlock2D"] * stages,),
+        "act_fn": ("silu",),
+        "use_quant_conv": (False,),
+        "use_post_quant_conv": (False,),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    }
 
 
 # Ours -> Stability's, replaced in this order within a name.
@@ -312,31 +284,38 @@ def to_stability(name, config):
     """Our name of a tensor -> Stability's, which counts the decoder's stages from the image's side."""
     last = len(config.block_out_channels) - 1
     name = re.sub(r"(?<=up_blocks\.)\d+", lambda stage: str(last - int(stage[0])), name)
-    for ours, theirs in STABILITY.items():
-        name = name.replace(ours, theirs)
-    return name
+    return safetensors.rename(name, STABILITY)
 
 
-def stability_config(shapes, prefix, path):
-    """The sizes that Stability's file does not spell out, read off its tensors' shapes. Its groups are always 32; scale and
-    shift are in no file but in Stability's code (sd3_impls.py, SD3LatentFormat)."""
-    size = functools.partial(weights.size, shapes, path, "Stability's layout of SD3's autoencoder", prefix, rank=4)
+def load(cls, path, dtype, device):
+    if not path.is_file():
+        where = path / "config.json"
+        values = files.read_json(where)
+        configs.only(values, {"_class_name": (CLASS,)}, where)
+        config = configs.parse(Config, values, where)
+        configs.only(values, implemented(len(config.block_out_channels)), where, NEEDED)
+        return safetensors.load(lambda: cls(config), safetensors.Checkpoint(path, STEM), dtype, device)
+    whole = safetensors.Checkpoint(path)
+    for key in whole.home:
+        if "double_blocks." in key:
+            raise InputError(f"{whole.where(key)} is of FLUX, whose autoencoder has another scale; expected SD3's")
+    file = safetensors.Checkpoint(path, prefix="first_stage_model.")
+    config = stability_config(file)
+    return safetensors.load(lambda: cls(config), file, dtype, device, lambda name: to_stability(name, config))
 
-    def count(pattern):
-        return 1 + max((int(match[1]) for key in shapes if (match := re.match(pattern, key))), default=0)
 
-    if (channels := size("decoder.conv_in.weight", 1)) != 16:
-        raise ValueError(f"{path}: key '{prefix}decoder.conv_in.weight' is for {channels} latent channels; expected SD3's 16")
-    stages = count(r"encoder\.down\.(\d+)\.")
-    widths = [size(f"encoder.down.{i}.block.0.conv1.weight", 0) for i in range(stages)]
+def stability_config(file):
+    """The sizes of a single file, read off the shapes of its tensors. The rest is the same in every release of SD3: 16
+    channels, 32 groups, and a scale and shift that only Stability's code tells (sd3_impls.py, SD3LatentFormat)."""
+    stages = range(file.count("encoder.down."))
+    axes = {f"encoder.down.{i}.block.0.conv1.weight": (f"width {i}", None, None, None) for i in stages}
+    sizes = file.measure("Stability's layout of SD3's autoencoder", axes)
     values = {
-        "in_channels": size("encoder.conv_in.weight", 1),
-        "out_channels": size("decoder.conv_out.weight", 0),
-        "latent_channels": channels,
-        "block_out_channels": widths,
-        "layers_per_block": count(r"encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": 16,
+        "block_out_channels": [sizes[f"width {i}"] for i in stages],
+        "layers_per_block": file.count("encoder.down.0.block."),
         "scaling_factor": 1.5305,
         "shift_factor": 0.0609,
         "sample_size": 1024,
     }
-    return weights.parse_config(Config, values, path)
+    return configs.parse(Config, values, file.path)

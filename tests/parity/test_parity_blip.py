@@ -17,7 +17,7 @@ from transformers import (
     BlipVisionModel,
 )
 
-from nano_adrpo.models import blip
+from nano_adrpo.models import blip, tokenizers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 STYLES = {
@@ -173,7 +173,7 @@ def test_image_reward_full_size_names_and_shapes(tmp_path):
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tiny.headers_only(tmp_path / "converted.safetensors", shapes, "F32")
     ours = blip.ImageReward.from_pretrained(tmp_path / "converted.safetensors", device="meta")
-    keys = blip.image_reward_keys(ours)
+    keys = {name: blip.image_reward_key(name) for name in ours.state_dict()}
     assert {keys[name]: tuple(tensor.shape) for name, tensor in ours.state_dict().items()} == shapes
     assert (ours.config.vision_config.image_size, ours.config.vision_config.num_attention_heads) == (224, 16)
     assert ours.config.text_config == blip.TextConfig(num_attention_heads=12)
@@ -196,7 +196,7 @@ def test_tokenizer_agrees(tmp_path):
         for length in (7, 35):
             expected = reference(STRINGS, padding=True, truncation=True, max_length=length, return_tensors="pt")
             with pytest.warns(UserWarning, match=f"tokens and is cut to {length}"):
-                ids, mask = blip.BertTokenizer(tmp_path / folder)([*STRINGS, "the " * 40], length)
+                ids, mask = tokenizers.BertTokenizer(tmp_path / folder)([*STRINGS, "the " * 40], length)
             width = expected.input_ids.shape[1]
             assert torch.equal(ids[:-1, :width], expected.input_ids) and not ids[:-1, width:].any()
             assert torch.equal(mask[:-1, :width], expected.attention_mask) and not mask[:-1, width:].any()

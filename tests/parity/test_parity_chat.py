@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from nano_adrpo import chat
-from nano_adrpo.demo import arithmetic
+from nano_adrpo.demo import GRPO, HERE, arithmetic_recipe
+from nano_adrpo.language import chat
 from nano_adrpo.models.decoder import Decoder
 
 QWEN2 = (
@@ -105,7 +105,9 @@ TALKS = [
 def test_templates_render_as_transformers_renders_them(jinja, place):
     content = jinja if place.endswith("jinja") else json.dumps({"chat_template": jinja})
     ours = chat.template_of(SimpleNamespace(files={place: content.encode()}))
-    theirs = PreTrainedTokenizerFast(tokenizer_object=arithmetic.build_tokenizer(), bos_token="<bos>", chat_template=jinja)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=arithmetic_recipe.build_tokenizer(), bos_token="<bos>", chat_template=jinja
+    )
     talks = TALKS[:1] + TALKS[2:5] + TALKS[6:7] if jinja == GEMMA else TALKS  # Gemma: no system, and turns alternate
     for talk, prompt in itertools.product(talks, [True, False]):
         expected = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
@@ -116,9 +118,9 @@ def test_templates_render_as_transformers_renders_them(jinja, place):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", arithmetic.MIXTURES)
+@pytest.mark.parametrize("name", arithmetic_recipe.MIXTURES)
 def test_the_demo_is_an_ordinary_folder(tmp_path, name):
-    ours = Decoder.from_pretrained(arithmetic.HERE / name)
+    ours = Decoder.from_pretrained(HERE / name)
     ours.save_pretrained(tmp_path)
     tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
     texts = ["47+38=", "99+99="]
@@ -126,8 +128,8 @@ def test_the_demo_is_an_ordinary_folder(tmp_path, name):
     ids, mask = chat.encode_prompts(chat.tokenizer_of(ours), texts, longest=6)
     assert torch.equal(inputs["input_ids"], ids) and (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
     torch.testing.assert_close(ours(ids, mask), model(**inputs).logits, atol=1e-4, rtol=0)
-    theirs = model.generate(**inputs, max_new_tokens=arithmetic.LONGEST, do_sample=False)
-    got, completion = ours.generate(ids, mask, arithmetic.LONGEST, temperature=0, eos=chat.stop_ids(ours))
+    theirs = model.generate(**inputs, max_new_tokens=GRPO["max_new_tokens"], do_sample=False)
+    got, completion = ours.generate(ids, mask, GRPO["max_new_tokens"], temperature=0, eos=chat.stop_ids(ours))
     written = chat.decode(chat.tokenizer_of(ours), got[:, 6:], completion)
     assert written == tokenizer.batch_decode(theirs[:, 6:], skip_special_tokens=True)
     assert all("####" in text for text in written)

@@ -1,4 +1,5 @@
 """The decoder against transformers, on tiny random models of every family. Needs the extra `parity`."""
+
 import dataclasses
 import json
 
@@ -17,8 +18,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from nano_adrpo.language.sampling import probabilities
 from nano_adrpo.models.decoder import Decoder, RewardModel, read_config
-from nano_adrpo.sampling import probabilities
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,

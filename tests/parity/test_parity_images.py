@@ -8,7 +8,8 @@ from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from nano_adrpo import images
+from nano_adrpo.files import png
+from nano_adrpo.rewards.images import preprocess
 
 MODES = {"L": 1, "RGB": 3, "RGBA": 4, "LA": 2}
 
@@ -30,19 +31,19 @@ def tensor(pixels):
 def test_pillows_files_are_read(tmp_path, mode, size):
     pixels = picture(*size, MODES[mode])
     Image.fromarray(pixels.squeeze(-1) if mode == "L" else pixels).save(tmp_path / "x.png")
-    assert torch.equal(images.read_png(tmp_path / "x.png"), tensor(pixels[..., : 1 if mode[0] == "L" else 3]))
+    assert torch.equal(png.read_png(tmp_path / "x.png"), tensor(pixels[..., : 1 if mode[0] == "L" else 3]))
 
 
 def test_pillows_palettes_are_read(tmp_path):
     indexed = Image.fromarray(picture(37, 53, 3)).quantize(100)
     indexed.save(tmp_path / "x.png")
-    assert torch.equal(images.read_png(tmp_path / "x.png"), tensor(np.asarray(indexed.convert("RGB"))))
+    assert torch.equal(png.read_png(tmp_path / "x.png"), tensor(np.asarray(indexed.convert("RGB"))))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_our_files_are_read_by_pillow(tmp_path, mode):
     pixels = picture(37, 53, MODES[mode])
-    images.write_png(tmp_path / "x.png", tensor(pixels))
+    png.write_png(tmp_path / "x.png", tensor(pixels))
     with Image.open(tmp_path / "x.png") as opened:
         assert opened.mode == mode and np.array_equal(np.asarray(opened).reshape(pixels.shape), pixels)
 
@@ -84,7 +85,7 @@ def test_a_models_pixels_are_the_processors(draw, family, height, width, channel
     pillow = [Image.fromarray(one.squeeze(-1) if channels == 1 else one) for one in pixels]
     theirs = processor(pillow, return_tensors="pt").pixel_values
     batch = torch.stack([tensor(one) for one in pixels])
-    ours = images.preprocess(batch, 64, processor.image_mean, processor.image_std, crop=family == "clip")
+    ours = preprocess(batch, 64, processor.image_mean, processor.image_std, crop=family == "clip")
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     levels = (ours - theirs).abs() * torch.tensor(processor.image_std)[:, None, None] * 255
     same = (height, width) == (64, 64)

@@ -1,5 +1,7 @@
 """Adapters to and from peft, transformers and diffusers: the same outputs, the same number of parameters (extra `parity`)."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -9,8 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import train_grpo
-from nano_adrpo import lora
-from nano_adrpo.demo import arithmetic
+from nano_adrpo import demo, lora
 from nano_adrpo.models.decoder import Decoder
 from nano_adrpo.models.mmdit import Config, MMDiT
 
@@ -165,15 +166,14 @@ def test_full_size_adapters_are_of_the_same_names_and_shapes(targets):
 
 
 def test_what_train_grpo_writes_opens_in_peft(tmp_path):
-    options = "--rounds 2 --prompts-per-round 4 --group-size 4 --eval-every 2 --eval-samples 1 --lora-rank 4 --lora-alpha 16"
-    run = train_grpo.Run(train_grpo.parse([*options.split(), "--out", str(tmp_path)]))
-    problems = [problem for problem in run.problems[:4] for _ in range(4)]
-    run.update(run.roll_out(problems, run.generator))
-    base = AutoModelForCausalLM.from_pretrained(arithmetic.HERE / "arithmetic_base")
-    theirs = PeftModel.from_pretrained(base, run.save(tmp_path)).eval()
+    base, options = Path(demo.__file__).parent / "arithmetic_base", "--rounds 1 --prompts-per-round 4 --group-size 4 --lr 1e-2"
+    train_grpo.main([*options.split(), "--lora-rank", "4", "--lora-alpha", "16", "--out", str(tmp_path / "run")])
+    (adapter,) = (file.parent for file in tmp_path.rglob("adapter_config.json"))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    ours = lora.load(Decoder.from_pretrained(base), adapter)
     with torch.no_grad():
-        assert (theirs(input_ids=IDS).logits - run.policy(IDS)).abs().max() < 1e-4
-        with lora.disabled(run.policy), theirs.disable_adapter():
-            expected = run.policy(IDS)
+        assert (theirs(input_ids=IDS).logits - ours(IDS)).abs().max() < 1e-4
+        with lora.disabled(ours), theirs.disable_adapter():
+            expected = ours(IDS)
             assert (theirs(input_ids=IDS).logits - expected).abs().max() < 1e-4
-        assert (run.policy(IDS) - expected).abs().max() > 1e-2
+        assert (ours(IDS) - expected).abs().max() > 1e-2

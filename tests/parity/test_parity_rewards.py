@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from nano_adrpo import rewards
+from nano_adrpo.rewards import images as rewards
 
 PROMPTS = ["the one and the ring", "A cat in Paris, two dogs!", "", "the one and the ring"]
 SIZES = [(64, 64), (97, 131), (200, 77), (64, 333)]

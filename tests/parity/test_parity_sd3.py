@@ -19,14 +19,14 @@ from transformers import (
 
 from nano_adrpo import ode
 from nano_adrpo.models.clip import CLIPText
-from nano_adrpo.prompt_tokenizer import PromptTokenizer
+from nano_adrpo.models.tokenizers import PromptTokenizer
 from nano_adrpo.text_to_image import TextToImage
 
 PROMPTS = ["A photo of the one Ring!", "the sign says: it's 12 o'clock, and then some more words", ""]
 NEGATIVE = "blurry, ugly"
 
 
-def pipeline(folder, t5=True, scheduler={}, words=77):
+def pipeline(folder, t5=True, scheduler=(), words=77):
     """A tiny SD3 with random weights, saved by diffusers; the CLIP tokenizers as vocab.json and merges.txt."""
     for suffix, pad in (("", "<|endoftext|>"), ("_2", "!")):
         tiny.clip_tokenizer(folder / f"plain{suffix}", pad)
@@ -41,7 +41,7 @@ def pipeline(folder, t5=True, scheduler={}, words=77):
     parts["tokenizer_3"] = T5Tokenizer.from_pretrained(folder / "plain_3") if t5 else None
     parts["vae"] = tiny.fill(AutoencoderKL(**tiny.SD3_VAE), seed=3, std=0.08)
     parts["transformer"] = tiny.fill(SD3Transformer2DModel(**tiny.SD3), seed=4, std=0.05)
-    pipe = StableDiffusion3Pipeline(scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}), **parts)
+    pipe = StableDiffusion3Pipeline(scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **dict(scheduler)}), **parts)
     pipe.save_pretrained(folder / "sd3")
     for suffix in ("", "_2"):
         assert (folder / "sd3" / f"tokenizer{suffix}" / "tokenizer.json").is_file()
@@ -56,13 +56,6 @@ def pipeline(folder, t5=True, scheduler={}, words=77):
 def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     return pipeline(folder, request.param), folder
-
-
-def sample(model, x0, steps, guidance, device="cpu"):
-    condition, negative = (model.encode([text]) for text in (PROMPTS[0], NEGATIVE))
-    velocity = ode.guide(lambda x, t: model.velocity(x, t, condition), lambda x, t: model.velocity(x, t, negative), guidance)
-    times = ode.sd3_time_grid(steps, model.shift, device=device)
-    return model.decode(ode.sample(velocity, x0.to(device), times))
 
 
 @pytest.mark.filterwarnings("ignore:the prompt")
@@ -149,7 +142,8 @@ def test_the_same_noise_becomes_the_same_image(both, device):
         PROMPTS[0], negative_prompt=NEGATIVE, height=96, width=64, num_inference_steps=28, guidance_scale=7.0, latents=x0,
         output_type="pt",
     ).images  # fmt: skip
-    image = (sample(model, x0, 28, 7.0, device).cpu() / 2 + 0.5).clamp(0, 1)
+    _, image = model.draw(x0.to(device), model.encode(PROMPTS[:1]), model.times(28), model.encode([NEGATIVE]), guidance=7.0)
+    image = (image / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 0.1 and image.shape == expected.shape == (1, 3, 96, 64)
     assert (image - expected).abs().max() < 1e-3
 

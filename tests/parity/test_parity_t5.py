@@ -110,9 +110,7 @@ def test_the_full_size_is_transformers():
         model = T5EncoderModel(config)
     names = {name: tuple(p.shape) for name, p in model.named_parameters()}  # the tied embeddings once
     assert sum(p.numel() for p in model.parameters()) == 4_762_310_656
-    from test_t5 import full_size
-
-    assert names == full_size()
+    assert names == tiny.t5_full_size()
 
 
 @pytest.mark.cuda

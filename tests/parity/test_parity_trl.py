@@ -3,6 +3,7 @@ it scores a given rollout (old and reference log-probabilities, advantages), the
 from the same token ids, rewards and saved weights, in our decoder. TRL's default multiplies the KL by the ratio, which GRPO's
 paper and ours do not: the option that switches it off is set, and the last test says what the default does. Needs the extra
 `parity`."""
+
 from pathlib import Path
 
 import pytest

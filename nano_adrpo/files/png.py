@@ -1,0 +1,142 @@
+"""Images: PNG files (zlib and struct are all that PNG needs) and grids of them.
+
+An image is a tensor [C, H, W] in [−1, 1], C = 1 (grey) or 3 (RGB); in a file each value is one of 256 levels.
+"""
+
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nano_adrpo import files
+from nano_adrpo.errors import InputError, MissingFile, about
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types (PNG specification, section 11.2.1)
+BYTES = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}  # per pixel, at 8 bits per sample
+
+
+def write_png(file, image):
+    """Writes `image` [1 or 3, H, W], clamped to [−1, 1], as an 8-bit PNG, whole or not at all. Raises InputError for
+    another shape, for integers (they would be 0 … 255) and for NaN."""
+    if not image.is_floating_point():
+        raise InputError(f"{file}: cannot write an image of {image.dtype}; expected floats in [−1, 1]")
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise InputError(f"{file}: cannot write an image of shape {list(image.shape)}; expected [1 or 3, height, width]")
+    image = image.detach().float().cpu()
+    if image.isnan().any():
+        raise InputError(f"{file}: cannot write an image with NaN in it")
+    channels, height, width = image.shape
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).reshape(height, -1).numpy()
+    # Each row as its difference from the row above (filter 2, modulo 256): images are smooth, so this compresses better.
+    rows = np.diff(pixels, axis=0, prepend=np.zeros_like(pixels[:1]))
+    rows = np.insert(rows, 0, 2, axis=1)
+    header = struct.pack(">2I5B", width, height, 8, GREY if channels == 1 else RGB, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
+    files.write_bytes(file, SIGNATURE + b"".join(map(_chunk, chunks)))
+
+
+def _chunk(chunk):
+    kind, content = chunk
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def read_png(file):
+    """The image in an 8-bit, non-interlaced PNG: [1, H, W] (grey) or [3, H, W] (RGB, palette), float32. Transparency is
+    dropped. Raises MissingFile, or InputError naming the file where it is another kind of file or damaged."""
+    if not Path(file).is_file():
+        raise MissingFile(f"{file}: no such file")
+    with about(file):
+        return _decode(Path(file).read_bytes())
+
+
+def _decode(content):
+    if not content.startswith(SIGNATURE):
+        raise InputError("not a PNG file")
+    chunks = {}
+    for kind, data in _chunks(content):
+        if kind[:1].isupper() and kind not in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+            raise InputError(f"chunk {kind!r} is not known, and the file says that it must be")
+        chunks.setdefault(kind, []).append(data)
+    chunks = {kind: b"".join(pieces) for kind, pieces in chunks.items()}  # pixels may be cut into many IDAT chunks
+    if len(chunks.get(b"IHDR", b"")) != 13 or b"IDAT" not in chunks:
+        raise InputError("damaged PNG (no header or no pixels)")
+    width, height, depth, colour, compression, filtering, interlaced = struct.unpack(">2I5B", chunks[b"IHDR"])
+    if depth != 8:
+        raise InputError(f"a PNG of {depth} bits per sample; only 8 are read")
+    if interlaced:
+        raise InputError("an interlaced PNG; only the others are read")
+    if colour not in BYTES or not width or not height or compression or filtering:
+        raise InputError("damaged PNG (impossible header)")
+    expected = height * (1 + width * BYTES[colour])
+    inflate = zlib.decompressobj()
+    try:  # one byte beyond what is expected: enough to see that there is more, too little for a file that unpacks forever
+        pixels = inflate.decompress(chunks[b"IDAT"], min(expected + 1, sys.maxsize))
+    except zlib.error as error:
+        raise InputError(f"damaged PNG ({error})") from None
+    if len(pixels) != expected or not inflate.eof:
+        raise InputError(f"damaged PNG (its pixels are not the {expected} bytes that {width} × {height} take)")
+    pixels = _unfilter(np.frombuffer(pixels, np.uint8).reshape(height, -1), BYTES[colour])
+    if colour == PALETTE:
+        palette = np.frombuffer(chunks.get(b"PLTE", b""), np.uint8)
+        if len(palette) % 3 or pixels.max() >= len(palette) // 3:
+            raise InputError("damaged PNG (a pixel's colour is not in the palette)")
+        pixels = palette.reshape(-1, 3)[pixels[..., 0]]
+    channels = 1 if colour in (GREY, GREY_ALPHA) else 3
+    return torch.from_numpy(pixels[..., :channels].astype(np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def _chunks(content):
+    """(kind, data) of each chunk through IEND, lengths and checksums checked."""
+    position, kind = len(SIGNATURE), None
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", content.ljust(position + 8, b"\0"), position)
+        end = position + 12 + length
+        if end > len(content):
+            raise InputError("truncated PNG")
+        if zlib.crc32(content[position + 4 : end - 4]) != struct.unpack_from(">I", content, end - 4)[0]:
+            raise InputError(f"damaged PNG (checksum of chunk {kind!r})")
+        yield kind, content[position + 8 : end - 4]
+        position = end
+
+
+def _unfilter(rows, depth):
+    """[H, 1 + W · depth] bytes, each row behind its filter's number -> [H, W, depth] (PNG specification, section 9).
+
+    A pixel is stored as its difference from a prediction by the pixels at its left, above it and above the left one, so
+    all pixels of one antidiagonal (x + y = const) depend on earlier antidiagonals only and are restored at once.
+    """
+    filters, (height, width) = rows[:, 0], (len(rows), (rows.shape[1] - 1) // depth)
+    if filters.max() > 4:
+        raise InputError(f"damaged PNG (row filter {filters.max()})")
+    # One pixel of zeros before each row and one row of zeros above; int16, because predictions are not taken modulo 256.
+    pixels = np.zeros((height + 1, width + 1, depth), np.int16)
+    pixels[1:, 1:] = rows[:, 1:].reshape(height, width, depth)
+    flat = pixels.reshape(-1, depth)  # an antidiagonal: every `width`-th pixel, as a row has width + 1
+    for diagonal in range(height + width - 1):
+        low, high = max(0, diagonal - width + 1), min(height, diagonal + 1)  # its rows
+        first = (low + 1) * (width + 1) + diagonal - low + 1
+        here, left, above, corner = (
+            flat[first - back : first - back + (high - low - 1) * width + 1 : width] for back in (0, 1, width + 1, width + 2)
+        )
+        a, b, c = abs(above - corner), abs(left - corner), abs(left + above - 2 * corner)  # distances of Paeth's estimate
+        paeth = np.where((a <= b) & (a <= c), left, np.where(b <= c, above, corner))
+        here += np.choose(filters[low:high, None], (0, left, above, (left + above) >> 1, paeth)).astype(np.int16)
+        here &= 255
+    return pixels[1:, 1:].astype(np.uint8)
+
+
+def grid(images, columns, gap=2):
+    """[N, C, H, W] -> one image [C, H', W']: row by row, `columns` a row, `gap` white pixels between neighbours; what is
+    missing in the last row is white."""
+    if images.ndim != 4 or len(images) == 0 or columns < 1 or gap < 0:
+        raise InputError(f"no grid of images {list(images.shape)} with {columns} columns and a gap of {gap}")
+    (channels, height, width), rows = images.shape[1:], -(-len(images) // columns)
+    picture = images.new_ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        picture[:, top : top + height, left : left + width] = image
+    return picture

@@ -1,0 +1,1 @@
+"""Text in and out of a decoder: chat templates and tokenizers, sampling, rollouts."""

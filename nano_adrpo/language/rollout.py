@@ -1,0 +1,44 @@
+"""Completions of questions and their log-probabilities: what GRPO trains on and what an evaluation reads."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Rollout(NamedTuple):
+    """N completions, those of one problem contiguous."""
+
+    ids: torch.Tensor  # [N, T], prompts padded on the left, then their completions
+    seen: torch.Tensor  # [N, T], 1 at tokens, 0 at padding on either side
+    mask: torch.Tensor  # [N, C], the last C columns of `seen`: 1 at the completion's tokens, its end token included
+    texts: list  # N completions as text
+
+
+@torch.no_grad()
+def roll_out(model, codec, problems, max_new_tokens, longest, generator=None, **sampling):
+    """Samples one completion of each of N problems. Equal ones side by side share their prompt's computation. -> Rollout
+
+    codec       language.chat.TextCodec of the model
+    longest     the most tokens of a prompt; InputError for one that has more
+    sampling    temperature, top_k, top_p of Decoder.generate
+    """
+    device = model.model.embed_tokens.weight.device
+    ids, prompt_mask = codec.encode([problem.question for problem in problems], longest, device)
+    ids, mask = model.generate(ids, prompt_mask, max_new_tokens, eos=codec.eos, generator=generator, **sampling)
+    seen = torch.cat([prompt_mask, mask], dim=1)
+    return Rollout(ids, seen, mask, codec.decode(ids[:, prompt_mask.shape[1] :], mask))
+
+
+def score(model, rollout, rows, temperature=1.0, entropy=False):
+    """log π(token) of the completions in `rows`, [n, C], in nats; with entropy=True also π's entropy at each position [n, C].
+    π is the softmax of logits / temperature: the temperature that the completions were sampled at."""
+    start = rollout.ids.shape[1] - rollout.mask.shape[1]
+    return model.token_logprobs(rollout.ids[rows], rollout.seen[rows], start, temperature, entropy)
+
+
+@torch.no_grad()
+def score_all(model, rollout, batch, temperature=1.0):
+    """`score` of all completions, `batch` at a time -> log-probabilities and entropies, both [N, C], without gradient."""
+    rows = torch.arange(len(rollout.ids), device=rollout.ids.device).split(batch)
+    scores = [score(model, rollout, each, temperature, entropy=True) for each in rows]
+    return tuple(torch.cat(values) for values in zip(*scores))

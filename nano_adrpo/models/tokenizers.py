@@ -1,0 +1,220 @@
+"""Texts to token ids, as the text encoders of SD3 and the CLIP and BLIP models of the rewards were trained to see them.
+
+`open_tokenizer` opens any tokenizer.json. `PromptTokenizer` is that of CLIP and SD3's encoders, from a folder with
+tokenizer_config.json and either tokenizer.json or CLIP's vocab.json and merges.txt. `BertTokenizer` is BLIP's. The ids are
+those that transformers makes of the same folders.
+"""
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.nn.utils.rnn import pad_sequence
+
+from nano_adrpo import files
+from nano_adrpo.errors import InputError, MissingFile
+from nano_adrpo.files import config as configs
+
+
+def open_tokenizer(source, where):
+    """The tokenizers.Tokenizer of a tokenizer.json, its padding and truncation switched off.
+
+    source    the path of the file, or its bytes
+    where     the name of the file, for messages: raises MissingFile, or InputError where it is no tokenizer
+    """
+    text = source if isinstance(source, bytes) else files.read_text(source).encode()
+    with refused(where):
+        tokenizer = Tokenizer.from_str(text.decode())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+@contextlib.contextmanager
+def refused(where):
+    """Turns whatever the tokenizers package raises inside into an InputError that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001, the package raises nothing more specific
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{where}: not a tokenizer ({reason})") from None
+
+
+def encode_batch(tokenizer, prompts):
+    """tokenizer.encode_batch; InputError where a prompt is no text, as half a character of a broken JSON escape is none."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except (UnicodeEncodeError, AttributeError):
+            raise InputError(f"the prompt {prompt!r} is not Unicode text") from None
+    return tokenizer.encode_batch(list(prompts))
+
+
+class BertTokenizer:
+    """BERT's word pieces, from a folder with tokenizer.json, or with vocab.txt alone (of bert-base-uncased: lower case, no
+    accents)."""
+
+    def __init__(self, path):
+        where, vocabulary = Path(path) / "tokenizer.json", Path(path) / "vocab.txt"
+        if where.is_file():
+            self.tokenizer = open_tokenizer(where, where)
+        elif vocabulary.is_file():
+            where, self.tokenizer = vocabulary, word_pieces(vocabulary)
+        else:
+            raise MissingFile(f"{path}: no tokenizer.json and no vocab.txt in this folder")
+        self.pad, cls, sep, unk = (self.tokenizer.token_to_id(f"[{name}]") for name in ("PAD", "CLS", "SEP", "UNK"))
+        if None in (self.pad, cls, sep, unk):
+            raise InputError(f"{where}: expected BERT's [PAD], [CLS], [SEP] and [UNK] among the tokens")
+        if where == vocabulary:
+            self.tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+            self.tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+
+    def __call__(self, prompts, length=35):
+        """B strings -> ids and mask [B, L]: [CLS], pieces, [SEP], padding to the longest. A prompt of more than `length` tokens
+        (35 is what ImageReward and its BLIP score cut at) loses pieces before its [SEP]."""
+        rows = [encoding.ids for encoding in encode_batch(self.tokenizer, prompts)]
+        for i, (prompt, ids) in enumerate(zip(prompts, rows)):
+            if len(ids) > length:
+                warnings.warn(f"the prompt {prompt!r} has {len(ids)} tokens and is cut to {length}", stacklevel=2)
+                rows[i] = ids[: length - 1] + ids[-1:]
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=self.pad)
+        return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+
+
+def word_pieces(file):
+    """BERT's tokenizer from a vocab.txt with one piece a line."""
+    lines = files.read_text(file).removesuffix("\n").split("\n")
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(lines)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+@dataclasses.dataclass
+class Settings:
+    """Keys of tokenizer_config.json."""
+
+    model_max_length: float | None = None  # None: any
+    padding_side: Literal["right"] | None = None
+    truncation_side: Literal["right"] | None = None
+
+
+class PromptTokenizer:
+    """Every prompt becomes one length, padded with the folder's `pad_token`: SD3's are "<|endoftext|>" (CLIP-L), "!" (bigG) and
+    "<pad>" (T5)."""
+
+    def __init__(self, path):
+        self.path = path = Path(path)
+        self.files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
+        where = path / "tokenizer_config.json"
+        self.config = files.read_json(where)
+        if "special_tokens_map.json" in self.files:  # of older folders, where it has the last word
+            special = files.read_json(path / "special_tokens_map.json")
+            self.config = special | self.config if "added_tokens_decoder" in self.config else self.config | special
+        if "added_tokens.json" in self.files and "added_tokens_decoder" not in self.config:  # of older folders too
+            added = {
+                str(i): {"content": content, "special": False}
+                for content, i in files.read_json(path / "added_tokens.json").items()
+            }
+            self.config["added_tokens_decoder"] = added
+        source = path / "tokenizer.json"
+        if source.name not in self.files:
+            if "vocab.json" not in self.files:
+                raise MissingFile(f"{source}: no such file, nor CLIP's vocab.json and merges.txt")
+            source = path / "vocab.json"
+            self.config = CLIP_TOKENS | {key: value for key, value in self.config.items() if value is not None}
+        with refused(source):
+            self.tokenizer = clip_tokenizer(path, self.config) if source.stem == "vocab" else open_tokenizer(source, source)
+            mark_special(self.tokenizer, self.config, source)
+        self.longest = configs.parse(Settings, self.config, where).model_max_length or math.inf
+        pad = self.config.get("pad_token")
+        self.pad = self.tokenizer.token_to_id(_content(pad)) if pad else None
+        if self.pad is None:
+            raise InputError(f"{where}: key 'pad_token' is {pad!r}; expected a token of {source.name}")
+        self.reported = set()  # prompts whose loss of words was reported
+
+    def __call__(self, prompts, length):
+        """B strings -> ids [B, length]: begin, words, end, padding. A longer prompt loses words before its end token, with a
+        warning the first time."""
+        rows, cut = [], {}
+        for prompt, encoding in zip(prompts, encode_batch(self.tokenizer, prompts)):
+            ids = encoding.ids
+            if len(ids) > length:
+                cut |= {} if prompt in self.reported else {prompt: len(ids)}
+                ids = ids[: length - 1] + ids[-1:]
+            rows.append(ids + [self.pad] * (length - len(ids)))
+        if cut:
+            self.reported.update(cut)
+            (prompt, count), others = next(iter(cut.items())), f" (and {len(cut) - 1} more)" if len(cut) > 1 else ""
+            prompt = prompt if len(prompt) <= 80 else prompt[:79] + "…"
+            warnings.warn(f"the prompt {prompt!r} has {count} tokens and is cut to {length}{others}", stacklevel=2)
+        return torch.tensor(rows)
+
+    def save_pretrained(self, path):
+        """Writes the folder as it was read."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            files.write_bytes(Path(path) / name, content)
+
+
+# The small files of a tokenizer folder: read with it and written again.
+FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+CLIP_TOKENS = {name: "<|endoftext|>" for name in ("eos_token", "unk_token", "pad_token")} | {"bos_token": "<|startoftext|>"}
+
+
+def _content(token):
+    return token["content"] if isinstance(token, dict) else token
+
+
+def clip_tokenizer(path, config):
+    """CLIP's byte-pair encoding (Radford et al. 2021) from vocab.json and merges.txt: text is lower-cased and its white space
+    one blank; words, single digits and runs of punctuation are encoded apart, each ending in </w>."""
+    if not (path / "merges.txt").is_file():
+        raise MissingFile(f"{path / 'merges.txt'}: no such file; vocab.json needs it")
+    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    names = {name: _content(config[name]) for name in CLIP_TOKENS}
+    vocabulary = files.read_json(path / "vocab.json")
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=names["unk_token"]))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    begin, end = ((name, vocabulary[name]) for name in (names["bos_token"], names["eos_token"]))
+    tokenizer.post_processor = processors.RobertaProcessing(end, begin, trim_offsets=False, add_prefix_space=False)
+    return tokenizer
+
+
+def mark_special(tokenizer, config, where):
+    """Makes the tokenizer find the special tokens that the config lists in a text too, as transformers does: with "!" as
+    padding, every "!" of a prompt is that token. A listed token that the vocabulary lacks is added to it, under its id there.
+    Raises InputError naming the file `where` for a token that has another id than the list says."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    ids = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    more = config.get("additional_special_tokens") or []
+    named = [config[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(name)]
+    tokens = [*named, *more, *config.get("added_tokens_decoder", {}).values()]
+    tokens = {_content(token): token for token in tokens}  # the last one counts
+    added = [*ids, *map(_content, more)]
+    for content, token in sorted(tokens.items(), key=lambda item: ids.get(item[0], math.inf)):
+        options = {"special": True} | (token if isinstance(token, dict) else {})
+        flags = {
+            flag: options[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized", "special") if flag in options
+        }
+        if content not in known and (content in added or tokenizer.token_to_id(content) is not None):
+            add = tokenizer.add_special_tokens if flags["special"] else tokenizer.add_tokens
+            add([AddedToken(content, **flags)])
+        if (found := tokenizer.token_to_id(content)) != ids.get(content, found):
+            raise InputError(f"{where}: token {content!r} has id {found}; expected {ids[content]}")

@@ -1,0 +1,153 @@
+"""The options that both training scripts share, and the types of all commands' options.
+
+`parse` reads `--config FILE`, a run's config.json: its options come first and those of the command line win.
+"""
+
+import argparse
+import math
+import sys
+
+import torch
+
+from nano_adrpo.errors import InputError
+from nano_adrpo.files import read_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def positive(kind, zero=False):
+    """An argparse type: a finite int or float above zero, or zero where that is allowed."""
+
+    def parse(text):
+        value = kind(text)
+        if not (value > 0 or zero and value == 0) or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number{' or 0' * zero}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's messages name it
+    return parse
+
+
+def finite(text):
+    """An argparse type: a number, negative ones too."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def fraction(text):
+    """An argparse type: a number from 0 up to and without 1."""
+    if not 0 <= (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number in [0, 1)")
+    return value
+
+
+def seed(text):
+    """An argparse type: what a torch.Generator can be seeded with."""
+    if not -(2**63) <= (value := int(text)) < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 64 bits")
+    return value
+
+
+def device(name):
+    """An argparse type: a torch device that this machine has."""
+    try:
+        torch.zeros(1, device=name).item()  # fails on "meta", too, which holds no numbers
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"device {name!r} is not available ({str(error).splitlines()[0]})") from None
+    return name
+
+
+def flag(add, name, default, text):
+    """Adds --name and --no-name."""
+    add(name, action=argparse.BooleanOptionalAction, default=default, help=text)
+
+
+def optimisation(parser, targets, **defaults):
+    """The options of the gradient steps. targets: the layers that adapters go on by default. -> the group's `add`"""
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--rounds", type=positive(int, zero=True), help="rounds of rollouts; 0 evaluates and ends")
+    add("--lr", type=positive(float), help="AdamW's learning rate")
+    add("--lr-schedule", choices=("constant", "linear", "cosine"), help="how the learning rate falls over the rounds")
+    add("--lr-hold", type=fraction, default=0.0, help="share of the rounds before it begins to fall")
+    add("--lr-end", type=positive(float, zero=True), default=0.0, help="share of --lr that it falls to")
+    add("--warmup", type=positive(int, zero=True), default=0, help="rounds in which it rises in a straight line to --lr")
+    add("--weight-decay", type=positive(float, zero=True), default=0.0, help="AdamW's, per unit of learning rate")
+    add("--clip-grad", type=positive(float), default=1.0, help="largest norm of the gradient")
+    add("--micro-batch", type=positive(int), help="samples per forward pass; must divide a gradient step's; default all")
+    flag(add, "--gradient-checkpointing", False, "keep block inputs only and recompute the rest: less memory")
+    add("--lora-rank", type=positive(int, zero=True), default=0, help="rank of adapters to train; 0 trains all weights")
+    add("--lora-alpha", type=positive(float), help="the adapters' strength is alpha / rank; default the rank")
+    add("--lora-targets", nargs="+", help="names of layers to adapt; default " + " ".join(targets))
+    add("--ema", type=fraction, default=0.0, help="decay of a moving average of what is trained, evaluated and saved; 0: none")
+    parser.set_defaults(**defaults)
+    return add
+
+
+def run(parser, **defaults):
+    """The options of the run as a whole. -> the group's `add`"""
+    add = parser.add_argument_group("run").add_argument
+    add("--config", metavar="FILE", help="a run's config.json: its options, where the command line does not give others")
+    add("--out", help="new or empty folder for the run's files; default a new one in runs/")
+    add("--seed", type=seed, default=0, help="of everything that is drawn")
+    add("--device", type=device, default="cpu", help="torch device")
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="of forward passes; what is trained stays float32")
+    add("--eval-every", type=positive(int), help="rounds between evaluations, with a checkpoint each")
+    flag(add, "--eval-first", True, "evaluate before the first round, too")
+    flag(add, "--keep-checkpoints", False, "keep every checkpoint, as round-N/, and not the last alone")
+    parser.set_defaults(**defaults)
+    return add
+
+
+def parse(parser, argv):
+    """Command line -> options, those of --config first. Raises InputError naming the file and the option."""
+    argv = sys.argv[1:] if argv is None else argv
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    file = config.parse_known_args(argv)[0].config
+    args = parser.parse_args([*(words(parser, file, argv) if file else []), *argv])
+    if args.lora_rank == 0 and (args.lora_alpha or args.lora_targets):
+        raise InputError("--lora-alpha and --lora-targets: expected only with --lora-rank")
+    return args
+
+
+def words(parser, file, argv):
+    """A config.json's options as words of a command line, without those that argv gives itself."""
+    actions, found = {action.dest: action for action in parser._actions}, []
+    given = {word.partition("=")[0].replace("--no-", "--") for word in argv if word.startswith("--")}
+    for name, value in read_json(file).items():
+        option = f"--{name.replace('_', '-')}"
+        if name not in actions or name in ("config", "help"):
+            raise InputError(f"{file}: key '{name}' is no option of this script")
+        if option in given or value is None:
+            continue
+        if isinstance(value, bool):
+            found.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, list):
+            found += [option, *map(str, value)]
+        else:
+            found.append(f"{option}={value}")
+    return found
+
+
+def saved(args):
+    """What config.json holds: the options as they were given, and the defaults of the others."""
+    return {name: value for name, value in vars(args).items() if name not in ("out", "config")}
+
+
+def divides(option, size, whole, what):
+    """Refuses a size that does not divide the whole."""
+    if whole % size:
+        raise InputError(f"{option} {size} does not divide the {whole} {what}")
+
+
+def check_range(low, high):
+    """Refuses an empty range of the advantage."""
+    if not low <= high:
+        raise InputError(f"--a-min and --a-max: the advantage's range is [{low}, {high}]; expected A_min ≤ A_max")
+
+
+def check_beta0(args):
+    """Refuses β0 = 0 where the method is β0 − A; as a fixed β it is allowed."""
+    if args.method == "adrpo" and args.beta0 == 0:
+        raise InputError("--beta0 0: expected a positive number with --method adrpo; the other methods take 0, no divergence")

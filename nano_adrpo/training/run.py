@@ -1,0 +1,171 @@
+"""A run's folder, log and messages."""
+
+import contextlib
+import itertools
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nano_adrpo import files, lora
+from nano_adrpo.errors import InputError
+
+
+def refuse_used(out):
+    """Refuses a folder with files in it, before long work: no run writes over another."""
+    if out and Path(out).is_dir() and any(Path(out).iterdir()):
+        raise InputError(f"--out {out}: the folder is not empty; expected a new or empty one")
+
+
+def claim(out, default, config):
+    """Creates the run's folder with its config.json, and prints that; -> its Path.
+
+    out       the folder, new or empty; None takes the first of default, default-2, default-3, … that is new
+
+    Of two runs that claim one folder at the same time, one gets it and the other is refused.
+    """
+    refuse_used(out)
+    for number in itertools.count(1):
+        folder = Path(out or (default if number == 1 else f"{default}-{number}"))
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(out))
+            (folder / "config.json").touch(exist_ok=False)  # who creates the file has the folder
+            break
+        except FileExistsError:
+            if out:
+                why = "another run has it" if folder.is_dir() else "cannot write there (File exists)"
+                raise InputError(f"--out {out}: {why}; expected a new or empty folder") from None
+        except OSError as error:
+            raise InputError(f"--out {folder}: cannot write there ({error.strerror})") from None
+    files.write_json(folder / "config.json", config)
+    print(f"{folder}: {json.dumps(config)}", flush=True)
+    return folder
+
+
+def make_folder(path, out):
+    """Creates the folder `path` of the option --out `out` where it is missing; refuses one that cannot be written to."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
+
+
+def new_folder(out):
+    """Creates the new or empty folder of --out; -> its Path."""
+    refuse_used(out)
+    make_folder(out, out)
+    return Path(out)
+
+
+@contextlib.contextmanager
+def at_round(round, saved):
+    """Names the round and the last checkpoint where something fails inside: an InputError stays one line, any other error, such
+    as one in a reward of the user's, keeps its traceback."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"round {round}: {error}; last good checkpoint: {saved}") from None
+    except Exception as error:
+        error.add_note(f"In round {round}; last good checkpoint: {saved}")
+        raise
+
+
+def save_checkpoint(network, save_model, args, out, ema, round):
+    """Writes what is trained, as its moving average: adapter/ in PEFT's format, or model/ by `save_model(folder)`; with
+    --keep-checkpoints also below round-N/. -> words that name it"""
+    for folder in [out, *([out / f"round-{round}"] if args.keep_checkpoints else [])]:
+        with ema.applied():
+            if args.lora_rank:
+                lora.save(network, folder / "adapter")
+            else:
+                save_model(folder / "model")
+    return f"{out / ('adapter' if args.lora_rank else 'model')} (round {round})"
+
+
+class Phases:
+    """Seconds of each phase of a round and the most memory it held: on a GPU what its tensors took, else the process's peak
+    so far. For the console only: clock readings in a file would make two runs of one seed differ."""
+
+    def __init__(self, device):
+        self.cuda, self.spent, self.phase = torch.device(device).type == "cuda", {}, None
+
+    def begin(self, phase):
+        """Ends the phase that is running and begins another; None: no other."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        if self.phase:
+            seconds, memory = self.spent.get(self.phase, (0.0, 0))
+            self.spent[self.phase] = seconds + time.monotonic() - self.start, max(memory, self.peak())
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.phase, self.start = phase, time.monotonic()
+
+    def peak(self):
+        """Bytes."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def take(self):
+        """Ends the phase that is running. -> one line about every phase since the last call"""
+        self.begin(None)
+        line = "  ".join(f"{name} {seconds:.2f} s {memory / 2**30:.1f} GiB" for name, (seconds, memory) in self.spent.items())
+        self.spent = {}
+        return line
+
+
+class Log:
+    """metrics.jsonl, one JSON object a line, and a line on the console with the time that is left.
+
+    The file holds no clock readings, so that two runs of one seed write the same bytes.
+    """
+
+    def __init__(self, file, rounds):
+        self.file, self.rounds, self.start = Path(file), rounds, time.monotonic()
+
+    def write(self, round, values, spent=""):
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"round": round, **values}) + "\n")
+        numbers = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if not isinstance(value, dict))
+        left = f"  {(time.monotonic() - self.start) / round * (self.rounds - round):.0f} s left" if round else ""
+        print(f"round {round}/{self.rounds}  {numbers}  {spent}{left}", flush=True)
+
+
+def rounds(args):
+    """The rounds of a run: 0, which only evaluates and which --no-eval-first leaves out, then 1 … --rounds."""
+    return range(0 if args.eval_first or args.rounds == 0 else 1, args.rounds + 1)
+
+
+def evaluation_is_due(args, round):
+    """Whether a round ends in an evaluation: round 0, every --eval-every rounds, and the last."""
+    return round % args.eval_every == 0 or round == args.rounds
+
+
+def note_scale(beta0, reward_std, normalized):
+    """Prints once what β0 is to be compared with. normalized: whether A is divided by the reward's deviation."""
+    unit = "deviations of the reward within a group, as A is" if normalized else "units of the reward, as A is"
+    print(f"β0 = {beta0:g} in {unit}; that deviation is {reward_std:.3g}", flush=True)
+
+
+def still_flat(flat, zero_spread, round, rounds):
+    """Whether every group of every round so far had equal rewards; -> bool, with a warning in the tenth round."""
+    flat = flat and zero_spread == 1
+    if flat and round == min(10, rounds):
+        print(
+            f"warning: in {round} rounds no group's rewards differed; only the divergence acts. Is the reward right?",
+            flush=True,
+        )
+    return flat
+
+
+def print_table(first, last):
+    """The closing table: each metric of the first evaluation and of the last, which may be the same one."""
+    for name, value in last.items():
+        print(f"{name:16s} " + (f"{value:8.4f}" if first is last else f"{first[name]:8.4f} -> {value:8.4f}"))

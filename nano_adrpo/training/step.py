@@ -1,0 +1,104 @@
+"""What a gradient step needs besides the loss: precision, the reference, the learning rate, clipping, a moving average."""
+
+import contextlib
+import copy
+import math
+
+import torch
+
+from nano_adrpo import lora
+from nano_adrpo.errors import NotFinite
+from nano_adrpo.training.options import DTYPES
+
+
+def autocast(args):
+    """`with autocast(args):` runs forward passes in --dtype."""
+    dtype = DTYPES[args.dtype]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
+
+
+def weight_dtype(args):
+    """The dtype that a policy is loaded in: float32 where its weights are trained; --dtype where adapters leave them frozen."""
+    return DTYPES[args.dtype] if args.lora_rank else torch.float32
+
+
+def reference_of(network, adapters):
+    """Keeps the network as it is now, the reference. -> a function: `with reference() as frozen:` gives it, without gradient.
+
+    adapters   True: the network with its adapters off, no second copy. False: a frozen copy
+    """
+    frozen = None if adapters else copy.deepcopy(network).requires_grad_(False)
+
+    @contextlib.contextmanager
+    def reference():
+        with torch.no_grad(), lora.disabled(network) if adapters else contextlib.nullcontext(frozen) as model:
+            yield model
+
+    return reference
+
+
+def trained(network):
+    """The parameters that get a gradient: all, or the adapters' alone."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def set_learning_rate(optimizer, args, round):
+    """Gives the optimizer the learning rate of a round, counted from 1. -> it"""
+    rate = learning_rate(args, round)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def learning_rate(args, round):
+    """A rise over --warmup rounds to --lr, which holds for a share --lr-hold of the rounds; then a fall to --lr-end · --lr."""
+    done, start = round - 1, args.lr_hold * args.rounds
+    progress = max(0.0, (done - start) / (args.rounds - start))  # of the fall, 0 … 1
+    if args.lr_schedule == "linear":
+        factor = 1 - (1 - args.lr_end) * progress
+    elif args.lr_schedule == "cosine":
+        factor = args.lr_end + (1 - args.lr_end) * (1 + math.cos(math.pi * progress)) / 2
+    else:
+        factor = 1.0
+    return args.lr * factor * min(1.0, round / args.warmup if args.warmup else 1.0)
+
+
+def optimizer_step(optimizer, loss, args, ema):
+    """One AdamW step on the gradients that were summed up, clipped to --clip-grad. It zeroes them. -> their norm before.
+
+    loss   a number. Raises NotFinite, before anything changes, where it or the norm is not finite
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NotFinite(f"loss {loss}, gradient norm {norm}")
+    optimizer.step()
+    optimizer.zero_grad()
+    ema.update()
+    return norm
+
+
+class MovingAverage:
+    """The exponential moving average of parameters, in their own dtype: after each step, average = decay·average +
+    (1 − decay)·parameter. Decay 0 keeps none, and costs nothing."""
+
+    def __init__(self, parameters, decay):
+        self.decay, self.parameters = decay, [p for p in parameters if p.requires_grad] if decay else []
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self):
+        for average, parameter in zip(self.average, self.parameters):
+            average.lerp_(parameter, 1 - self.decay)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Inside, the model has the average for its weights."""
+        current = [p.data for p in self.parameters]
+        try:
+            for parameter, average in zip(self.parameters, self.average):
+                parameter.data = average
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, current):
+                parameter.data = data

@@ -1,0 +1,415 @@
+"""The decoder. Expected values are numbers computed once with transformers, enumerations, or the same model asked another way;
+test_parity_decoder.py asks transformers itself, and tests/language/test_sampling.py has `generate`."""
+
+import json
+import math
+import struct
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nano_adrpo import files
+from nano_adrpo.files import safetensors
+from nano_adrpo.language.sampling import Cache
+from nano_adrpo.models import decoder
+from nano_adrpo.models.decoder import Decoder, RewardModel
+
+SIZES = {
+    "vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+FAMILIES = {
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen3": {"model_type": "qwen3", "head_dim": 6, "rms_norm_eps": 1e-5, "attention_bias": True},
+    "llama": {"model_type": "llama", "rope_theta": 500.0, "rope_scaling": LLAMA3},
+    "gemma": {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 8, "hidden_act": "gelu"},
+}
+
+
+def fill(model):
+    """Weights from a formula, the same everywhere, that look random: the digits of a large sine, in [−0.8, 0.8)."""
+    for index, (_, tensor) in enumerate(sorted(model.state_dict().items())):
+        sines = (torch.arange(tensor.numel(), dtype=torch.float64) + 1000 * index).sin() * 43758.5453
+        tensor.copy_((sines - sines.floor() - 0.5).view(tensor.shape) * 1.6)
+    return model.eval()
+
+
+def folder(path, family="qwen3", model=Decoder, **changes):
+    """A model folder of that family on disk; a change to None leaves the key out."""
+    path.mkdir(exist_ok=True)
+    values = {**SIZES, **FAMILIES[family], **changes}
+    files.write_json(path / "config.json", {key: value for key, value in values.items() if value is not None})
+    filled = fill(model(decoder.read_config(path, model.task)))
+    safetensors.save(path / "model.safetensors", filled.state_dict())
+    return path
+
+
+@pytest.fixture
+def model(tmp_path):
+    return Decoder.from_pretrained(folder(tmp_path / "model"))
+
+
+IDS = torch.tensor([[1, 5, 2, 12, 7, 7, 0, 3], [4, 4, 9, 11, 8, 6, 10, 2]])
+
+# transformers 5.23 on the same weights: log-probabilities of token 3 and 12 after the first, fourth and last of IDS[0],
+# and the rewards of both rows.
+GOLDEN = {
+    "qwen2": [[-1.53022, -1.53542], [-1.41571, -3.67074], [-2.11742, -3.07952]],
+    "qwen3": [[-1.49576, -2.23706], [-2.33438, -2.46025], [-1.43639, -2.29481]],
+    "llama": [[-2.09442, -2.78926], [-1.65555, -2.8772], [-3.68912, -3.52721]],
+    "gemma": [[-5.32933, -6.40747], [-6.25241, -4.75487], [-1.52025, -4.47101]],
+    "reward": [0.37352, 2.81441],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_of_every_family(tmp_path, family):
+    logits = Decoder.from_pretrained(folder(tmp_path / family, family))(IDS)
+    picked = logits.log_softmax(-1)[0, [0, 3, 7]][:, [3, 12]]
+    torch.testing.assert_close(picked, torch.tensor(GOLDEN[family]), atol=2e-5, rtol=0)
+
+
+def test_reward_of_the_last_token(tmp_path):
+    model = RewardModel.from_pretrained(folder(tmp_path / "rm", "gemma", RewardModel))
+    torch.testing.assert_close(model(IDS), torch.tensor(GOLDEN["reward"]), atol=2e-5, rtol=0)
+    left = torch.tensor([[0, 0, 1], [0, 1, 1]])
+    right = torch.tensor([[1, 0, 0], [1, 1, 0]])
+    alone = torch.stack([model(torch.tensor([[3]]))[0], model(torch.tensor([[5, 0]]))[0]])  # ids of 0 are tokens here
+    torch.testing.assert_close(model(torch.tensor([[9, 9, 3], [9, 5, 0]]), left), alone)
+    torch.testing.assert_close(model(torch.tensor([[3, 9, 9], [5, 0, 9]]), right), alone)
+    assert model(IDS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_on_either_side_changes_nothing(tmp_path, family):
+    model = Decoder.from_pretrained(folder(tmp_path / family, family))
+    plain = model(IDS)
+    junk = torch.full((2, 3), 5)
+    for sides, at in (((junk, IDS), slice(3, None)), ((IDS, junk), slice(0, 8))):
+        ids = torch.cat(sides, dim=1)
+        mask = torch.zeros_like(ids)
+        mask[:, at] = 1
+        for kind in (mask, mask.bool(), mask.float()):
+            logits = model(ids, kind)
+            assert logits.isfinite().all()
+            torch.testing.assert_close(logits[:, at], plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(IDS[:, :1]), plain[:, :1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(IDS[:, :1], torch.ones(2, 1)), plain[:, :1], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"mask is \[2, 7\]; expected \[2, 8\]"):
+        model(IDS, torch.ones(2, 7))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_with_a_cache_equals_the_full_forward(tmp_path, family):
+    model = Decoder.from_pretrained(folder(tmp_path / family, family))
+    mask = torch.ones_like(IDS)
+    mask[1, :2] = 0
+    full = model(IDS, mask)
+    cache = Cache(model.config, 2, 8, model.model.embed_tokens.weight)
+    for begin, end in ((0, 3), (3, 4), (4, 6), (6, 7), (7, 8)):
+        hidden = model.model(IDS[:, begin:end], mask[:, :end], cache)
+        seen = mask[:, begin:end].bool()
+        torch.testing.assert_close(model.head(hidden)[seen], full[:, begin:end][seen], atol=1e-5, rtol=0)
+
+
+def test_bfloat16_computes_norms_and_rotations_in_float32(tmp_path):
+    path = folder(tmp_path / "model")
+    exact, rounded = Decoder.from_pretrained(path), Decoder.from_pretrained(path, dtype=torch.bfloat16)
+    assert rounded(IDS).dtype == torch.bfloat16
+    assert (rounded(IDS).float() - exact(IDS)).abs().max() < 0.1
+    norm = rounded.model.norm
+    large = torch.full((1, 16), 300.0, dtype=torch.float16)  # its square is beyond float16
+    torch.testing.assert_close(norm.to(torch.float16)(large), norm.weight[None], atol=1e-3, rtol=0)
+
+
+# token_logprobs
+
+
+class Largest(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # a tied head, a head of its own
+@pytest.mark.parametrize("chunk", [13, 13 * 3, 2**24])
+@pytest.mark.parametrize("start, temperature", [(1, 1.0), (5, 0.7), (7, 1.3)])
+def test_token_logprobs_equal_log_softmax_and_gather(tmp_path, monkeypatch, family, chunk, start, temperature):
+    monkeypatch.setattr(decoder, "CHUNK", chunk)
+    model = Decoder.from_pretrained(folder(tmp_path / family, family))
+    mask = torch.ones_like(IDS)
+    mask[0, :3], mask[1, 6:] = 0, 0
+    upstream = (torch.arange(2 * (8 - start)).float().view(2, -1) * 0.9).sin() * mask[:, start:]
+
+    full = (model(IDS, mask)[:, :-1] / temperature).log_softmax(-1)[:, start - 1 :]
+    expected = full.gather(-1, IDS[:, start:, None])[..., 0]
+    (expected * upstream).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+
+    logp, entropy = model.token_logprobs(IDS, mask, start, temperature, entropy=True)
+    seen = mask[:, start:].bool()
+    assert logp.shape == (2, 8 - start) and logp.dtype == torch.float32 and logp.isfinite().all()
+    torch.testing.assert_close(logp[seen], expected[seen], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(entropy[seen], torch.distributions.Categorical(logits=full).entropy()[seen])
+    assert not entropy.requires_grad
+    (logp * upstream).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(model.token_logprobs(IDS, mask, start, temperature), logp)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_the_heads_gradient_is_summed_in_float32(monkeypatch, dtype, tolerance):
+    # 2,000 positions, each a chunk of its own: a running sum in half precision would stop growing at 2⁸ or 2¹¹ times the
+    # summands, or drift. The hidden states are 1 and W is 0, so that each adds (1 at the token − 1/V) exactly.
+    monkeypatch.setattr(decoder, "CHUNK", 8)
+    hidden, weight = torch.ones(2000, 4, dtype=dtype), torch.zeros(8, 4, dtype=dtype, requires_grad=True)
+    decoder.TokenScores.apply(hidden, weight, torch.zeros(2000, dtype=torch.long), 1.0)[0].sum().backward()
+    expected = (torch.eye(8)[0] - 1 / 8)[:, None].expand(8, 4) * 2000
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=tolerance, atol=0)
+
+
+def test_ids_may_be_int32(model):
+    ids = IDS.int()
+    assert torch.equal(model(ids), model(IDS)) and torch.equal(model.token_logprobs(ids), model.token_logprobs(IDS))
+
+
+def test_token_logprobs_hold_no_tensor_of_all_logits(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "CHUNK", 4 * 500)
+    model = Decoder.from_pretrained(folder(tmp_path / "model", vocab_size=500))
+    ids = torch.arange(64).view(4, 16)
+    with Largest() as plain:
+        model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum().backward()
+    with Largest() as chunked:
+        model.token_logprobs(ids, entropy=True)[0].sum().backward()
+    assert plain.numel == 4 * 16 * 500 and chunked.numel == 500 * 16  # the embedding matrix
+
+
+def test_a_head_learns_on_top_of_a_frozen_transformer(model):
+    model.token_logprobs(IDS).sum().backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model.model.requires_grad_(False)
+    model.token_logprobs(IDS).sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, gradient)
+
+
+def test_token_logprobs_of_no_tokens(model):
+    assert model.token_logprobs(IDS, start=8).shape == (2, 0)
+
+
+def test_a_uniform_head_scores_minus_log_of_the_vocabulary(model):
+    model.lm_head.weight.data.zero_()
+    logp, entropy = model.token_logprobs(IDS, entropy=True)
+    torch.testing.assert_close(logp, torch.full((2, 7), -math.log(13)))
+    torch.testing.assert_close(entropy, torch.full((2, 7), math.log(13)))
+
+
+def test_gradient_checkpointing_changes_no_gradient(model):
+    model.token_logprobs(IDS).sum().backward()
+    plain = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.model.gradient_checkpointing = True
+    model.token_logprobs(IDS).sum().backward()
+    for parameter, gradient in zip(model.parameters(), plain):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-5)
+
+
+# folders
+
+
+def public_shapes(config, bias=(), qk_norm=None, tied=True):
+    """The keys and shapes of a public release, written out from its sizes."""
+    vocab, dim, inner, layers, heads, shared, size = config
+    shapes = {"model.embed_tokens.weight": (vocab, dim), "model.norm.weight": (dim,)}
+    if not tied:
+        shapes["lm_head.weight"] = (vocab, dim)
+    for layer in range(layers):
+        block = {
+            "input_layernorm.weight": (dim,), "post_attention_layernorm.weight": (dim,),
+            "self_attn.q_proj.weight": (heads * size, dim), "self_attn.k_proj.weight": (shared * size, dim),
+            "self_attn.v_proj.weight": (shared * size, dim), "self_attn.o_proj.weight": (dim, heads * size),
+            "mlp.gate_proj.weight": (inner, dim), "mlp.up_proj.weight": (inner, dim), "mlp.down_proj.weight": (dim, inner),
+        }  # fmt: skip
+        block |= {f"self_attn.{name}_proj.bias": (block[f"self_attn.{name}_proj.weight"][0],) for name in bias}
+        if qk_norm:
+            block |= {"self_attn.q_norm.weight": (size,), "self_attn.k_norm.weight": (size,)}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+PUBLIC = {
+    "Qwen2.5-0.5B": (
+        494_032_768,
+        {
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
+            "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+            "max_position_embeddings": 32768, "max_window_layers": 24, "sliding_window": 32768, "use_sliding_window": False,
+            "use_mrope": False, "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        },
+        public_shapes((151936, 896, 4864, 24, 14, 2, 64), bias="qkv"),
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        {
+            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "vocab_size": 151936,
+            "hidden_size": 1024, "head_dim": 128, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+            "num_key_value_heads": 8, "max_position_embeddings": 40960, "max_window_layers": 28, "rope_scaling": None,
+            "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False, "tie_word_embeddings": True,
+        },
+        public_shapes((151936, 1024, 3072, 28, 16, 8, 128), qk_norm=True),
+    ),
+    "Llama-3.2-1B": (
+        1_235_814_400,
+        {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048,
+            "head_dim": 64, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "max_position_embeddings": 131072, "mlp_bias": False, "attention_bias": False,
+            "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "factor": 32.0},
+            "tie_word_embeddings": True,
+        },
+        public_shapes((128256, 2048, 8192, 16, 32, 8, 64)),
+    ),
+    "Gemma-2B": (
+        2_506_172_416,
+        {
+            "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "vocab_size": 256000, "hidden_size": 2048,
+            "head_dim": 256, "intermediate_size": 16384, "num_hidden_layers": 18, "num_attention_heads": 8,
+            "num_key_value_heads": 1, "hidden_act": "gelu", "hidden_activation": None, "rope_theta": 10000.0,
+        },
+        public_shapes((256000, 2048, 16384, 18, 8, 1, 256)),
+    ),
+}  # fmt: skip
+
+
+def hollow(file, shapes):
+    """A bfloat16 safetensors file whose header is whole and whose data is a hole in the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(header).encode()
+    with open(file, "wb") as out:
+        out.write(struct.pack("<Q", len(header)) + header)
+        out.truncate(8 + len(header) + end)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_full_size_names_shapes_and_parameter_counts_on_meta(tmp_path, name):
+    count, config, shapes = PUBLIC[name]
+    files.write_json(tmp_path / "config.json", config)
+    hollow(tmp_path / "model.safetensors", shapes)
+    model = Decoder.from_pretrained(tmp_path, device="meta")
+    assert {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} == shapes
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model_class, family", [(Decoder, name) for name in FAMILIES] + [(RewardModel, "gemma")])
+def test_a_folder_round_trips(tmp_path, model_class, family):
+    path = folder(tmp_path / "in", family, model_class)
+    (path / "tokenizer.json").write_text('{"ü": 1}', encoding="utf-8")
+    (path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    (path / "notes.md").write_text("not the model's")
+    model = model_class.from_pretrained(path, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "out")
+    again = model_class.from_pretrained(tmp_path / "out")
+    assert again.config == model.config and torch.equal(again(IDS), model(IDS))
+    assert {tensor.dtype for tensor in again.state_dict().values()} == {torch.bfloat16}
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert written == {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    assert values["architectures"] == [family.capitalize() + model_class.task] and values["torch_dtype"] == "bfloat16"
+    model.save_pretrained(path)  # over the folder it came from
+    assert torch.equal(model_class.from_pretrained(path)(IDS), model(IDS))
+
+
+def test_tied_files_with_and_without_a_head(tmp_path):
+    path = folder(tmp_path / "model", "qwen2")
+    plain = Decoder.from_pretrained(path)
+    tensors = dict(plain.state_dict())
+    embeddings = tensors["model.embed_tokens.weight"]
+    safetensors.save(path / "model.safetensors", {**tensors, "lm_head.weight": embeddings.clone()})
+    assert torch.equal(Decoder.from_pretrained(path)(IDS), plain(IDS))
+    Decoder.from_pretrained(path, device="meta")
+    del tensors["model.embed_tokens.weight"]
+    safetensors.save(path / "model.safetensors", {**tensors, "lm_head.weight": embeddings})
+    assert torch.equal(Decoder.from_pretrained(path)(IDS), plain(IDS))
+    safetensors.save(path / "model.safetensors", {**plain.state_dict(), "lm_head.weight": embeddings + 1})
+    with pytest.raises(ValueError, match="model.safetensors: key 'lm_head.weight' differs from 'model.embed_tokens.weight'"):
+        Decoder.from_pretrained(path)
+
+
+def test_shards_dtypes_and_leftover_buffers(tmp_path):
+    path = folder(tmp_path / "model")
+    whole = Decoder.from_pretrained(path)
+    tensors = {**whole.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    (path / "model.safetensors").unlink()
+    homes = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(tensors)}
+    for file in set(homes.values()):
+        safetensors.save(path / file, {name: tensors[name].to(torch.float16) for name in tensors if homes[name] == file})
+    files.write_json(path / "model.safetensors.index.json", {"weight_map": homes})
+    model = Decoder.from_pretrained(path)
+    assert model.lm_head.weight.dtype == torch.float16
+    torch.testing.assert_close(Decoder.from_pretrained(path, dtype=torch.float32)(IDS), whole(IDS), atol=5e-3, rtol=0)
+
+
+def test_both_forms_of_rotary_settings(tmp_path):
+    config = decoder.read_config(folder(tmp_path / "4", "llama"), "ForCausalLM")
+    rope = {**LLAMA3, "rope_theta": 500.0}
+    new = folder(tmp_path / "5", "llama", rope_theta=None, rope_scaling=None, rope_parameters=rope)
+    assert decoder.read_config(new, "ForCausalLM") == config
+    old = {**LLAMA3, "type": "llama3"}
+    assert decoder.read_config(folder(tmp_path / "old", "llama", rope_scaling=old), "") == config
+    del rope["original_max_position_embeddings"]
+    bare = folder(tmp_path / "bare", "llama", rope_scaling=None, rope_parameters=rope)
+    assert decoder.read_config(bare, "").rope_scaling["original_max_position_embeddings"] == 128
+    plain = folder(tmp_path / "plain", "qwen2", rope_theta=5.0, rope_parameters={"rope_type": "default", "rope_theta": 7.0})
+    assert decoder.read_config(plain, "").rope_theta == 7.0 and decoder.read_config(plain, "").rope_scaling is None
+
+
+def test_what_a_config_leaves_out_is_its_familys_default(tmp_path):
+    def read(**values):
+        files.write_json(tmp_path / "config.json", values)
+        return decoder.read_config(tmp_path, "ForCausalLM")
+
+    assert (read(model_type="qwen3").head_dim, read(model_type="qwen2").head_dim) == (128, 128)
+    assert read(model_type="qwen3", hidden_size=1024, num_attention_heads=64).head_dim == 128
+    assert read(model_type="qwen2", hidden_size=1024, num_attention_heads=64).head_dim == 16
+    assert read(model_type="llama").num_key_value_heads == 32
+    assert read(model_type="llama", num_attention_heads=8).num_key_value_heads == 8
+    assert read(model_type="qwen2", num_attention_heads=64, num_key_value_heads=None).num_key_value_heads == 64
+    gemma = read(model_type="gemma")
+    assert gemma.tie_word_embeddings and gemma.hidden_act == "gelu_pytorch_tanh" and gemma.vocab_size == 256000
+    assert (gemma.bos_token_id, gemma.eos_token_id, gemma.pad_token_id) == (2, 1, 0)
+    assert not read(model_type="llama").tie_word_embeddings and read(model_type="llama").vocab_size == 32000
+    # windows that are configured and not in use
+    with pytest.raises(ValueError, match="use_sliding_window"):
+        read(model_type="qwen2", use_sliding_window=True)  # in use: from layer 28 of 32 on
+    read(model_type="qwen2", use_sliding_window=True, max_window_layers=32)
+    read(model_type="qwen2", use_sliding_window=False, sliding_window=4096, layer_types=["full_attention"] * 32)
+
+
+@pytest.mark.parametrize("start, temperature", [(0, 1.0), (9, 1.0), (1, 0.0), (1, math.nan)])
+def test_token_logprobs_refuse(model, start, temperature):
+    with pytest.raises(ValueError, match="expected 1 … 8 and above 0"):
+        model.token_logprobs(IDS, None, start, temperature)
+
+
+def test_the_cache_never_reads_what_was_not_written(model):
+    cache = Cache(model.config, 2, 20, model.model.embed_tokens.weight)
+    cache.keys.fill_(math.nan), cache.values.fill_(math.nan)
+    model.model(IDS, torch.ones_like(IDS), cache)
+    assert model.model(IDS[:, :1], torch.ones(2, 9), cache).isfinite().all() and cache.length == 9

@@ -1,0 +1,110 @@
+"""compare: means and errors over seeds, the best learning rate, going on, options that the scripts have, a run that fails."""
+
+import json
+import shutil
+
+import pytest
+
+import train_flow
+import train_grpo
+from nano_adrpo import compare, errors
+
+SMALL = {"prompts-per-round": 2, "group-size": 2, "eval-samples": 2, "ode-steps": 2}
+
+
+def metrics_of(options):
+    """Of an invented run: better with the seed, best at the learning rate 3e-4."""
+    reward = 10.0 * (options["lr"] == 3e-4) + options["seed"] + (options["method"] == "raft")
+    first = {"reward": 0.0, "joint": 0.0, "pixel_diversity": 0.5, "w2": 0.0}
+    return [{"round": 0, "eval": first}, {"round": 1, "loss": 1.0}] + [
+        {"round": 2, "eval": {"reward": reward, "joint": reward / 100, "pixel_diversity": 0.25, "w2": 0.1}}
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def invented(monkeypatch):
+    """Runs that take no time. -> the options of those that ran"""
+    ran = []
+
+    def train(script, out, options):
+        ran.append(options)
+        folder = compare.folder(out, options)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics_of(options)))
+
+    monkeypatch.setattr(compare, "train", train)
+    settings = {"ADRPO β0=1": {"method": "adrpo", "beta0": 1}, "RAFT": {"method": "raft"}}
+    monkeypatch.setattr(compare.COMPARISONS["flow"], "settings", settings)
+    monkeypatch.setattr(compare.COMPARISONS["flow"], "rates", (1e-4, 3e-4))
+    return ran
+
+
+def test_every_setting_has_every_rate_and_seed_and_the_best_rate_is_chosen(tmp_path, invented, capsys):
+    options = ["flow", "--out", str(tmp_path), "--seeds", "2", "--rounds", "2", "--workers", "1"]
+    compare.main(options)
+    assert len(invented) == 8 and "8 runs, 0 of them finished before" in capsys.readouterr().out
+    assert {(o["method"], o["lr"], o["seed"], o["rounds"], o["eval-every"]) for o in invented} == {
+        (method, lr, seed, 2, 10) for method in ("adrpo", "raft") for lr in (1e-4, 3e-4) for seed in (0, 1)
+    }
+    results = json.loads((tmp_path / "results.json").read_text())
+    row = results["rows"][1]
+    assert (row["setting"], row["lr"], results["rounds"], results["seeds"]) == ("ADRPO β0=1", 3e-4, 2, 2)
+    assert row["final"]["reward"] == pytest.approx([10.5, 0.5]) and "round" not in row["final"]
+    assert [(point["round"], point["reward"]) for point in row["path"]] == [(0, 0), (2, 10.5)]
+    best, every = (tmp_path / "table.md").read_text().split("Every learning rate:")
+    assert "Every setting at its best learning rate, by joint" in best and "2 rounds, 2 seeds" in best
+    lines = best.strip().splitlines()[-3:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| base model", "–"],
+        ["| ADRPO β0=1", "0.0003"],
+        ["| RAFT", "0.0003"],
+    ]
+    assert len(every.strip().splitlines()) == 2 + 1 + 4
+    pictures = {"reward_pixel_diversity.png", "reward_w2.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "results.json", "table.md"} | pictures
+
+    shutil.rmtree(compare.folder(tmp_path, invented.pop(3)))
+    invented.clear()
+    compare.main(options)
+    assert len(invented) == 1 and "8 runs, 7 of them finished before" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_a_run_is_the_training_script_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # --out counts from there
+    options = {"method": "raft", "seed": 1, "rounds": 1, **SMALL}
+    compare.train("train_flow", tmp_path.relative_to(tmp_path) / "out", options)
+    folder = (
+        tmp_path / "out" / "runs" / "method=raft_seed=1_rounds=1_prompts-per-round=2_group-size=2_eval-samples=2_ode-steps=2"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    assert all(config[name.replace("-", "_")] == value for name, value in options.items())
+    assert [evaluation["round"] for evaluation in compare.read(tmp_path / "out", options)] == [0, 1]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_failing_run_stops_the_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare.COMPARISONS["flow"], "settings", {"broken": {"method": "adrpo", "beta0": -1}})
+    monkeypatch.setattr(compare.COMPARISONS["flow"], "rates", (None,))
+    with pytest.raises(SystemExit) as stop:
+        errors.run_command(lambda: compare.main(["flow", "--out", str(tmp_path), "--seeds", "1", "--rounds", "1"]))
+    assert stop.value.code == 2
+    assert "exit status 2: error: argument --beta0: -1 is not a positive number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(compare.COMPARISONS))
+def test_the_scripts_have_the_options_of_every_setting(name):
+    comparison = compare.COMPARISONS[name]
+    script = {"train_flow": train_flow, "train_grpo": train_grpo}[comparison.script]
+    for options in comparison.settings.values():
+        options = {**options, **comparison.common, "seed": 1, "rounds": 2, "lr": 1e-3}
+        args = script.parse([word for key, value in options.items() for word in (f"--{key}", str(value))])
+        assert all(getattr(args, key.replace("-", "_")) in (value, [value]) for key, value in options.items())
+
+
+def test_in_the_flow_a_fixed_beta_has_the_clips_of_adrpo():
+    clips = {"adrpo": set(), "fixed-beta": set()}
+    for options in compare.COMPARISONS["flow"].settings.values():
+        if options["method"] in clips:
+            clips[options["method"]].add((options["beta0"], options.get("a-min"), options.get("a-max")))
+    assert clips["adrpo"] == clips["fixed-beta"] == {(1, None, None), (2, None, None), (5, None, None), (1, -1, 1), (5, -5, 5)}

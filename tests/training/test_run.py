@@ -1,0 +1,87 @@
+"""training/run.py: the run folder, phases, what an error names."""
+
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from nano_adrpo.errors import InputError, NotFinite
+from nano_adrpo.training import run
+
+
+def test_a_folder_is_claimed_by_one_run(tmp_path):
+    def claim(seed):
+        try:
+            return run.claim(tmp_path / "run", "unused", {"seed": seed})
+        except InputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(claim, range(8)))
+    (winner,) = [seed for seed, result in enumerate(results) if result == tmp_path / "run"]
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": winner}
+    refusals = [result for result in results if isinstance(result, str)]
+    assert len(refusals) == 7 and all(result.startswith(f"--out {tmp_path / 'run'}: ") for result in refusals)
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    code = "import sys; from nano_adrpo.training import run; run.claim(sys.argv[1], 'unused', {})"
+    started = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert sorted(process.wait() for process in started) == [0, 1]
+
+
+def test_the_default_folder_is_the_next_new_one(tmp_path):
+    folders = [run.claim(None, tmp_path / "flow", {}) for _ in range(3)]
+    assert [folder.name for folder in folders] == ["flow", "flow-2", "flow-3"]
+
+
+def test_a_folder_that_is_not_empty_or_not_writable_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").write_text("mine")
+    for path, message in (("run", "the folder is not empty"), ("run/notes", ""), ("run/notes/deeper", "cannot write there")):
+        with pytest.raises(InputError, match=f"--out {tmp_path / path}: .*{message}"):
+            run.claim(tmp_path / path, "unused", {})
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes"] and (tmp_path / "run" / "notes").read_text() == "mine"
+    assert run.claim(tmp_path / "new", "unused", {}) == tmp_path / "new"
+
+
+def test_an_error_in_a_round_names_it():
+    with pytest.raises(NotFinite, match="^round 3: loss nan; last good checkpoint: x$"), run.at_round(3, "x"):
+        raise NotFinite("loss nan")
+    with pytest.raises(ValueError, match="^a bug") as bug, run.at_round(3, "x"):
+        raise ValueError("a bug")
+    assert bug.value.__notes__ == ["In round 3; last good checkpoint: x"]
+
+
+def test_phases_add_up_and_start_anew():
+    phases = run.Phases("cpu")
+    for name in ("rollout", "update", "rollout"):
+        phases.begin(name)
+        torch.ones(10).sum()
+    line = phases.take()
+    assert re.fullmatch(r"rollout \d+\.\d\d s \d+\.\d GiB  update \d+\.\d\d s \d+\.\d GiB", line)
+    assert float(line.split()[3]) > 0.05  # the process itself
+    assert phases.take() == ""
+
+
+@pytest.mark.cuda
+def test_phases_tell_the_most_memory_of_each():
+    phases = run.Phases("cuda")
+    for name, size in (("large", 2**28), ("small", 2**20)):
+        phases.begin(name)
+        torch.empty(size, device="cuda").fill_(1)
+    large, small = (float(word) for word in phases.take().split()[3::5])
+    assert large > 0.9 > small
+
+
+def test_the_log_tells_the_time_left_and_keeps_it_out_of_the_file(tmp_path, capsys):
+    log = run.Log(tmp_path / "metrics.jsonl", 4)
+    log.write(0, {"eval": {"reward": 1.0}})
+    log.write(1, {"reward": 2.0}, "update 0.10 s")
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"round": 0, "eval": {"reward": 1.0}}\n{"round": 1, "reward": 2.0}\n'
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.strip() == "round 0/4" and re.fullmatch(r"round 1/4  reward 2  update 0.10 s  \d+ s left", second)
