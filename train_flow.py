@@ -248,7 +248,7 @@ def parse(argv=None):
     )
     add("--reward", nargs="+", default=demo.FLOW["reward"], help="NAME:FOLDER[@WEIGHT] …, see nano_adrpo/rewards/images.py")
     add("--prompts", help='one prompt a line, or JSON lines with "prompt"; default: the demo\'s 40')
-    add("--judge", help="FILE.py:FUNCTION(images, prompts) -> {metric: number or [N]}, in evaluations; default: the demo's")
+    add("--judge", help="FILE.py:FUNCTION(images, prompts) -> {metric: number or [N]}; without --prompts default the demo's")
     add("--embeddings", help="where embeddings of --prompts are kept for the next run; default PROMPTS.embeddings.safetensors")
     add = options.run(parser, eval_every=20)
     add("--eval-samples", type=positive(int), default=8, help="samples per prompt in an evaluation, at least 2")

@@ -249,7 +249,7 @@ def parse(argv=None):
     add("--instruction", default="", help="text put behind every question")
     add("--reward", nargs="+", default=["exact"], help="NAME[:FOLDER][@WEIGHT] …, see nano_adrpo/rewards/text.py")
     add("--format-reward", type=positive(float, zero=True), default=0.0, help="for an answer in \\boxed{} or after ####")
-    add("--judge", help="FILE.py:FUNCTION(questions, completions) -> {metric: number}, in evaluations; default the demo's")
+    add("--judge", help="FILE.py:FUNCTION(questions, completions) -> {metric: number}; without --problems default the demo's")
     add = options.run(parser, eval_every=22)
     add("--eval-samples", type=positive(int), default=8, help="completions per held-out problem in an evaluation")
     add("--eval-batch", type=positive(int), default=1024, help="completions sampled at a time in an evaluation")

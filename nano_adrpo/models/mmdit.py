@@ -337,14 +337,10 @@ def load(cls, path, dtype, device):
 def stability_config(file):
     """The sizes of a single file, read off the shapes of its tensors. Heads are 64 wide in SD3 and SD3.5."""
     sizes = file.measure("Stability's layout of SD3 or SD3.5", STABILITY_AXES)
-    side, dual = (
-        math.isqrt(sizes.pop("positions")),
-        (re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", k) for k in file.shapes),
-    )
+    side = math.isqrt(sizes.pop("positions"))
+    dual = [re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.", key) for key in file.shapes]
     sizes |= {
-        "sample_size": min(
-            128, side * sizes["patch_size"]
-        ),  # 128 (1024 px) in every release, of which nothing in the file tells
+        "sample_size": min(128, side * sizes["patch_size"]),  # 128, for 1024 px, in every release; nothing in the file tells it
         "out_channels": sizes.pop("outputs") // sizes["patch_size"] ** 2,
         "num_layers": file.count("joint_blocks."),
         "num_attention_heads": file.heads(sizes["caption_projection_dim"]),
