@@ -32,13 +32,14 @@ from nano_adrpo.training.step import (
 )  # fmt: skip
 
 # A method is (weight, beta) of `flow_loss`, each a number or one for each sample, made of rewards R and advantages A [N].
-# A new method is a new line.
+# A new method is a new line. (DPO compares pairs and has a loss of its own.)
 METHODS = {
-    "adrpo": lambda R, A, args: adrpo.adaptive_coefficients(A, args.beta0, (args.a_min, args.a_max)),  # Eq. 6: A, β0 − A
+    # Eq. 6: A and β0 − A, of the clamped A
+    "adrpo": lambda R, A, args: adrpo.adaptive_coefficients(A, args.beta0, (args.a_min, args.a_max)),
     "fixed-beta": lambda R, A, args: (A.clamp(args.a_min, args.a_max), args.beta0),
     "orw-cfm-w2": lambda R, A, args: (adrpo.reward_weights(R, args.tau, args.group_size), args.beta0),
     "raft": lambda R, A, args: (adrpo.best_of_group(R, args.group_size), 0.0),
-    "dpo": lambda R, A, args: (0.0, 0.0),  # not used: it has a loss of its own, on pairs
+    "dpo": lambda R, A, args: (0.0, 0.0),  # not used
 }
 
 
@@ -56,7 +57,7 @@ def main(argv=None):
     log, phases = run.Log(out / "metrics.jsonl", args.rounds), run.Phases(args.device)
     saved, flat, first = "none yet", True, None
     dpo = args.method == "dpo"
-    share = 2 if dpo else 1  # how many samples side by side share a t and an x0
+    share = 2 if dpo else 1  # DPO: the two samples of a pair use the same t and x0
 
     def noise(count):
         return torch.randn(count, *shape, generator=generator).to(args.device)
@@ -72,22 +73,22 @@ def main(argv=None):
                 # 1. Roll out: a group of images for each prompt, contiguous. N = prompts · group size.
                 phases.begin("rollout")
                 drawn = torch.randint(len(prompts), (args.prompts_per_round,), generator=generator)
-                rows = drawn.repeat_interleave(args.group_size)  # [N], each sample's prompt
+                prompt_of = drawn.repeat_interleave(args.group_size)  # [N], each sample's row of `prompts` and `condition`
                 with autocast(args):
-                    x1, pixels = policy.draw(noise(len(rows)), condition[rows], **sampling, batch=args.rollout_batch)
+                    x1, pixels = policy.draw(noise(len(prompt_of)), condition[prompt_of], **sampling, batch=args.rollout_batch)
 
-                # 2. Reward: R [N], and the terms that it is the weighted sum of.
+                # 2. Reward: R [N], and the terms of this weighted sum. Pixels are on the CPU; reward models go to --device and
+                # back; the numbers come back on the CPU.
                 phases.begin("reward")
                 with reward.on(args.device):
-                    rewards = reward(pixels, [prompts[row] for row in rows], args.rollout_batch)
+                    rewards = reward(pixels, [prompts[row] for row in prompt_of], args.rollout_batch)
                 R = rewards["reward"].to(args.device)
 
-                # 3. Advantages A [N] within the groups, and the coefficients that the method's line above makes of them:
-                # A and β0 − A, of the clamped A.
+                # 3. Advantages A [N] within the groups. The method's line above turns them into weight and beta [N].
                 A = adrpo.group_advantages(R, args.group_size)
                 weight, beta = (torch.as_tensor(c).to(A).expand_as(A) for c in METHODS[args.method](R, A, args))
                 if dpo:
-                    x1, rows = best_and_worst(args, R, x1, rows)
+                    x1, prompt_of = best_and_worst(args, R, x1, prompt_of)
 
                 # 4. Gradient steps on these samples. v alone has a gradient.
                 phases.begin("update")
@@ -95,14 +96,12 @@ def main(argv=None):
                 for _ in range(args.inner_steps):
                     count, losses = len(x1) // share, []
                     t = draw_times(args, count, generator).to(args.device).repeat_interleave(share)
-                    x0 = noise(count).repeat_interleave(
-                        share, dim=0
-                    )  # afresh: with the rollout's own, u ≈ v_ref: nothing to learn
+                    x0 = noise(count).repeat_interleave(share, dim=0)  # fresh noise, not the rollout's (docs/questions.md)
                     for i in torch.arange(len(x1)).split(share * (args.micro_batch or count)):
                         x_t, u = adrpo.interpolate(x0[i], x1[i], t[i])
                         with autocast(args):
-                            v = policy.velocity(x_t, t[i], condition[rows[i]])
-                        v_ref = reference_velocity(x_t, t[i], rows[i])
+                            v = policy.velocity(x_t, t[i], condition[prompt_of[i]])
+                        v_ref = reference_velocity(x_t, t[i], prompt_of[i])
                         if dpo:
                             loss = adrpo.flow_dpo_loss(v, u, v_ref, BEST, WORST, args.beta_dpo, count)
                         else:
@@ -117,7 +116,7 @@ def main(argv=None):
                 if round == 1:
                     run.note_scale(args.beta0, values["reward_std"], normalized=False)
 
-            # 6. Evaluate on all prompts, and save.
+            # 6. Evaluate the moving average on all prompts, from the same noises in every run, and save it.
             if run.evaluation_is_due(args, round):
                 phases.begin("evaluation")
                 with ema.applied(), autocast(args):
@@ -136,10 +135,10 @@ def main(argv=None):
 BEST, WORST = slice(0, None, 2), slice(1, None, 2)  # rows of a batch of pairs
 
 
-def best_and_worst(args, R, x1, rows):
-    """DPO: keeps of each group the best and the worst sample, side by side. -> their x1 and rows, [2 · groups]."""
+def best_and_worst(args, R, x1, prompt_of):
+    """DPO: keeps of each group the best and the worst sample, side by side. -> their x1 and prompts, [2 · groups]."""
     pairs = torch.stack(adrpo.best_and_worst(R, args.group_size), dim=1).flatten()
-    return x1[pairs], rows[pairs.cpu()]
+    return x1[pairs], prompt_of[pairs.cpu()]
 
 
 def open_task(args):
@@ -153,10 +152,10 @@ def open_policy(args, prompts, generator):
     """-> the policy, the Condition of the prompts, that of the negative prompt, and the reference: in `with reference() as
     frozen:`, frozen is the policy's transformer at the start."""
     dtype = options.DTYPES[args.dtype]
-    # From the headers first: what is missing or does not fit is told before the prompts are encoded.
+    # Read the headers first: a part that is missing or does not fit is reported before the prompts are encoded.
     latent_shape(args, TextToImage.from_pretrained(args.model, dtype, "meta", args.base, encoders=False))
     encoded = None
-    if args.prompts:  # the text encoders go before the rest comes, and stay on disk where the embeddings are there already
+    if args.prompts:  # encode, then drop the text encoders; if the embeddings are on disk, they are not loaded at all
         file = args.embeddings or f"{args.prompts}.embeddings.safetensors"
         encoded = cached(file, prompts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5)
     policy = TextToImage.from_pretrained(args.model, weight_dtype(args), args.device, args.base, encoders=encoded is None)
@@ -239,7 +238,7 @@ def parse(argv=None):
     flag(add, "--compile", False, "torch.compile the transformer")
     add = parser.add_argument_group("inputs").add_argument
     add("--model", default=demo.FLOW["model"], help="folder in diffusers' SD3 pipeline layout, or Stability's single file")
-    add("--base", help="such a folder for the parts that --model lacks, as a single file its tokenizers")
+    add("--base", help="such a folder for the parts that --model lacks (a single file lacks the tokenizers)")
     add(
         "--t5",
         choices=("load", "stream", "zeros"),

@@ -46,7 +46,7 @@ METHODS = {
 def main(argv=None):
     args = parse(argv)
     run.refuse_used(args.out)
-    generator = torch.Generator().manual_seed(args.seed)  # of adapters, problems and minibatches; on the CPU
+    generator = torch.Generator().manual_seed(args.seed)  # for adapters, problems and minibatches; on the CPU
     token_generator = torch.Generator(args.device).manual_seed(args.seed)
     policy, codec, reference = open_policy(args, generator)
     problems, held_out, reward, judge = open_task(args, policy, codec)
@@ -69,7 +69,7 @@ def main(argv=None):
                                        temperature=args.temperature)  # fmt: skip
                 mask = rollout.mask  # [N, C], 1 at the completions' tokens
 
-                # 2. Reward: R [N], and the terms that it is the weighted sum of.
+                # 2. Reward: R [N], and the terms of this weighted sum, on the CPU.
                 phases.begin("reward")
                 rewards = reward(rollout.texts, asked)
                 R = rewards["reward"].to(args.device)
@@ -83,7 +83,7 @@ def main(argv=None):
                 set_learning_rate(optimizer, args, round)
                 with reference() as frozen, autocast(args):  # the policy at the start
                     ref_logp, _ = score_all(frozen, rollout, micro_batch(args), args.temperature)
-                one_step = args.inner_epochs * args.minibatches == 1  # then logp is that of the policy that sampled
+                one_step = args.inner_epochs * args.minibatches == 1  # then logp is old_logp, too: no extra forward pass
                 old_logp, entropy = torch.zeros_like(ref_logp), torch.zeros_like(ref_logp)
                 if not one_step:
                     with autocast(args):
@@ -115,7 +115,7 @@ def main(argv=None):
                 if round == 1:
                     run.note_scale(args.beta0, values["reward_std"], normalized=True)
 
-            # 6. Evaluate on the held-out problems, and save.
+            # 6. Evaluate the moving average on the held-out problems, with the same random numbers in every run, and save it.
             if run.evaluation_is_due(args, round):
                 phases.begin("evaluation")
                 with ema.applied():
@@ -145,8 +145,8 @@ def open_policy(args, generator):
 
 
 def open_task(args, policy, codec):
-    """-> problems to train on, held-out problems, the reward, and the judge or None. Every prompt fits the model. Without
-    --problems they are the demo's, with its judge."""
+    """-> problems to train on, held-out problems, the reward, and the judge or None. Without --problems they are the demo's,
+    with its judge. Raises InputError for a prompt that is too long."""
     files = args.problems or demo.GRPO["problems"], args.held_out or demo.GRPO["held_out"]
     problems, held_out = (text.read_problems(file, args.instruction) for file in files)
     for file, some in zip(files, (problems, held_out)):

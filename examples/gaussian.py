@@ -8,7 +8,7 @@ islands in the plane, and every island pays a reward. ADRPO raises the reward an
 
     loss = mean[ A·|v − u|² + (β0 − A)·|v − v_ref|² ]        A = R − mean of R,  u = x1 − x0
 
-Theory says where the rounds come to rest (docs/theory.md): at the law p_ref / (β0 − A), up to a constant factor. The last lines
+Theory says to which law the rounds converge (docs/theory.md): p_ref / (β0 − A), normalised. The last lines
 of the table compare what training reached with this law, which is computed from samples of the reference alone.
 """
 
@@ -21,7 +21,7 @@ from torch import nn
 from nano_adrpo import adrpo, ode
 
 ANGLES = torch.arange(5) * 2 * math.pi / 5
-CENTRES = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # [5, 2], the islands: Gaussians of this width
+CENTRES = 2 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # [5, 2], of the islands, Gaussians of standard deviation WIDTH
 WIDTH = 0.4
 SHARES = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.2])  # how often the reference draws each island
 REWARDS = torch.tensor([1.0, 0.5, 0.0, 0.0, 0.5])  # what each island pays: the best one is rare

@@ -6,10 +6,10 @@ A sample better than its group is regularised less, a worse one more. Everything
 method but DPO is `flow_loss` with other coefficients:
 
     method             weight                   beta
-    RAFT               best_of_group(R)         0
-    ORW-CFM-W2         reward_weights(R, τ)     β
-    fixed β            A                        β0
-    ADRPO-FM (Eq. 6)   A                        β0 − A        both from adaptive_coefficients(A, β0, clip)
+    RAFT               best_of_group(R, G)      0
+    ORW-CFM-W2         reward_weights(R, τ, G)  β
+    fixed β            A, clamped               β0
+    ADRPO-FM (Eq. 6)   A, clamped               β0 − A        both from adaptive_coefficients(A, β0, clip)
 
 and both LLM methods are `policy_loss`:
 
@@ -26,8 +26,8 @@ Where this departs from the paper's formulas, or they leave a choice:
     weight + beta = β0 for every sample, and the pointwise minimum is v_ref + E[A·(u − v_ref)] / β0 (docs/theory.md).
   * A in the flow loss is R − mean, in units of the reward: β0 is in those units too, and under Adam, which divides any common
     factor out, only A/β0 matters. A in the LLM loss is normalised, so β0 is a pure number (0.04 in the audio experiment).
-  * The policy-gradient term of Eq. 7 takes A as it is, unclamped; GRPO's k3 is the default KL, not multiplied by the ratio (TRL
-    1.16 does that unless use_bias_correction_kl=False, and then follows the gradient of k2).
+  * The policy-gradient term of Eq. 7 takes A as it is, unclamped. The default KL is GRPO's k3, without the ratio as a factor.
+    TRL 1.16 multiplies it by the ratio unless use_bias_correction_kl=False; the product has k2's gradient.
 """
 
 import torch
@@ -189,9 +189,9 @@ def policy_loss(
     beta = _coefficient(beta, logp)
     beta = beta.reshape(-1, 1) if isinstance(beta, torch.Tensor) else torch.full_like(_float(logp[:1, :1]), beta)  # [N or 1, 1]
     mask = mask.bool()
-    # What stands at padding is not defined: it is taken out before exp could overflow.
+    # Values at padding are undefined: they become 0 before exp can overflow.
     logp, old_logp, ref_logp = (_float(x).masked_fill(~mask, 0) for x in (logp, old_logp.detach(), ref_logp.detach()))
-    ref_logp = torch.where(beta == 0, logp.detach(), ref_logp)  # β = 0 leaves the KL out, even one that overflows
+    ref_logp = torch.where(beta == 0, logp.detach(), ref_logp)  # β = 0: no KL, even where it would overflow (0 · inf is NaN)
     ratio = (logp - old_logp).exp()  # [N, T]
     gradient_term = -torch.minimum(A * ratio, A * ratio.clamp(1 - clip_eps, 1 + clip_eps))
     loss = (gradient_term + beta * kl_divergence(logp, ref_logp, kl)) * mask  # [N, T]
@@ -241,8 +241,8 @@ def _groups(rewards, group_size):
 
 
 def _coefficient(value, v):
-    # A number, or one value per sample: anything else would broadcast silently into another loss. It is a constant of the loss
-    # even where it comes from rewards that a network has just computed.
+    # A number, or one value per sample: anything else would broadcast silently into another loss. It gets no gradient,
+    # even if a network has computed the rewards.
     if not isinstance(value, torch.Tensor):
         return value
     if value.dim() and value.shape != v.shape[:1]:

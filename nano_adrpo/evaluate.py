@@ -139,7 +139,7 @@ class Evaluation:
         self.open()
 
     def check(self):
-        """Refuses what would stop the evaluation later, from file names and headers."""
+        """Checks file names and headers, so that errors come before long work."""
         first, images_only = None, {}
         for entry in self.entries:
             if images_only.setdefault(entry.name, entry.is_images) != entry.is_images:

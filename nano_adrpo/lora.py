@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) on linear layers: y = W·x + b + (alpha / rank) · B·(A·x).
 
   * A [rank, in] is random at the start and B [out, rank] zero, so that an untrained adapter changes nothing
-  * only A and B are trained, in float32; W and b are frozen and may be in half precision, and the products are in the input's
+  * only A and B are trained, in float32; W and b are frozen and may be in half precision, and products have the input's dtype
   * with its adapters off the model computes what it did before, bit for bit: the reference needs no second copy of the weights
 
 Files are PEFT's: adapter_config.json and adapter_model.safetensors; diffusers' own are read too. Layer names here are those of
@@ -144,7 +144,7 @@ def disabled(model):
 @torch.no_grad()
 def merge(model):
     """Adds each (alpha / rank)·B·A to its weight and leaves a plain model, all of it frozen; -> it. The sum is rounded to the
-    weight's dtype: in bfloat16 a change below 1/256 of a weight may be lost, which adapters that are on keep."""
+    weight's dtype: in bfloat16 a change below 1/256 of a weight may be lost; adapters that are not merged keep it."""
     for name, layer in adapted(model).items():
         wide = torch.promote_types(layer.weight.dtype, torch.float32)
         change = layer.scale * (layer.lora_B.weight.to(wide) @ layer.lora_A.weight.to(wide))

@@ -26,8 +26,8 @@ def sd3_time_grid(steps, shift=3.0, dtype=torch.float32, device=None, train_time
     """steps + 1 increasing times from 0 to 1, as SD3's public samplers have them (Stability's sd3-ref, diffusers).
 
     They differ from `time_grid`. σ falls in `steps` equal parts not to 0 but to the smallest of training, which is 1/1000
-    (1/train_timesteps) under the map above; the map is then applied to all of them, to the smallest for the second time; and 0
-    follows. So the last step is short (0.009 at a shift of 3), and the others are a little longer.
+    (1/train_timesteps) under the map above; the map is then applied to every σ, to the smallest for the second time, and 0 is
+    appended. So the last step is short (0.009 at a shift of 3), and the others are a little longer.
 
     >>> sd3_time_grid(2)
     tensor([0.0000, 0.9911, 1.0000])
@@ -82,7 +82,7 @@ def sample(velocity, x0, times, method="euler", trajectory=False):
 def guide(conditional, unconditional, scale):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): v_uncond + scale·(v_cond − v_uncond).
 
-    Wraps two velocities into one; scale 1 is the conditional one, which then costs no second evaluation.
+    Combines two velocities. With scale 1 only the conditional one is evaluated.
     """
     if scale == 1:
         return conditional

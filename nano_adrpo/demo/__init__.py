@@ -1,6 +1,6 @@
 """The embedded default of scripts and commands: real data and tiny checkpoints in the public layouts, as plain paths.
 
-The judges and the deceptive reward enter by the same door as a user's own, FILE.py:FUNCTION.
+The judges and the deceptive reward are loaded like a user's own functions, as FILE.py:FUNCTION.
 """
 
 from pathlib import Path

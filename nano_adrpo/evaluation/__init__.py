@@ -1,1 +1,1 @@
-"""What a model is worth: the measurements of images and of text, tables over runs, pictures."""
+"""How good a model is: the measurements of images and of text, tables over runs, pictures."""

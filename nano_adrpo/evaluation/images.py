@@ -1,8 +1,8 @@
 """The evaluation of a text-to-image model, one piece of code for the training script and for the evaluate command.
 
 It draws `samples` images of every prompt from noises that depend on the seed alone, and measures them: the rewards, how much
-the images of one prompt differ (CLIP's embeddings, pixels), how far the model is from the reference (W2), and what a judge says
-that no reward sees. Sample n belongs to prompt n // samples: those of one prompt are contiguous.
+the images of one prompt differ (CLIP's embeddings, pixels), how far the model is from the reference (W2), and a
+judge's metrics. Sample n belongs to prompt n // samples: those of one prompt are contiguous.
 """
 
 import torch

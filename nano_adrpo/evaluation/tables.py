@@ -14,7 +14,7 @@ from nano_adrpo.metrics import mean_and_standard_error
 def row(setting, lr, steps):
     """steps: of each evaluated step of training, in order, the runs: a list of [{metric: number} for each noise]. -> a row
 
-    A metric named "round" is a place on the path and no result.
+    The metric "round" is the training step of a point; it is not reported.
     """
     path = [summary(runs) for runs in steps]
     final = {metric: value for metric, value in path[-1].items() if metric != "round"}
@@ -43,7 +43,7 @@ def as_json(rows):
 
 
 def table(rows, start=None):
-    """Markdown, a line per row. start: a name for what all rows begin with, the first line then; None: no such line."""
+    """Markdown, a line per row. start: the name of an extra first line, the values before training; None: none."""
     metrics, rates = list(rows[0]["final"]), rows[0]["lr"] is not None
     names = ["setting", "lr", *metrics] if rates else ["setting", *metrics]
     lines = [names, ["---"] * len(names)]

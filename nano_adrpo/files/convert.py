@@ -17,7 +17,7 @@ from nano_adrpo.files.safetensors import DTYPES, save
 
 def convert(file, out):
     """Writes the tensors of a PyTorch file (.pt, .pth, .bin, .ckpt) to `out`, a new safetensors file. A state dict under
-    "state_dict", "model" or "module" is unwrapped; what is no tensor is left out, and said.
+    "state_dict", "model" or "module" is unwrapped; entries that are no tensors are skipped and listed.
 
     Raises MissingFile, or InputError where the file has more than tensors, none, or is damaged, or `out` exists.
     """

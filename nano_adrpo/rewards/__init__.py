@@ -27,8 +27,8 @@ class Rewards:
         self.terms = terms
 
     def __call__(self, samples, prompts, batch=None):
-        """N samples (images [N, C, H, W], or a list of texts) and N prompts -> {"reward": the sum [N], and each term, without
-        its weight, under its name where they are several}, float32, on the CPU. `batch` samples at a time; None is all.
+        """N samples (images [N, C, H, W], or a list of texts) and N prompts -> {"reward": the weighted sum [N]} and, if there
+        are several terms, each, unweighted, under its name; float32, on the CPU. `batch` samples at a time; None is all.
 
         Raises InputError for a reward that does not give N numbers, NotFinite for a number that is not finite. An exception
         inside a reward passes through."""
@@ -44,7 +44,7 @@ class Rewards:
         return {"reward": reward, **(scores if len(scores) > 1 else {})}
 
     def embed_images(self, images, batch=None):
-        """The image embeddings [N, P] of the first reward that makes some, as CLIP's do, on the CPU; None where none does."""
+        """The image embeddings [N, P] of the first reward that has `embed_images` (CLIP's), on the CPU; else None."""
         for reward, _ in self.terms.values():
             if hasattr(reward, "embed_images"):
                 return torch.cat([reward.embed_images(some).cpu() for some in images.split(batch or len(images))])
@@ -112,7 +112,7 @@ def named(specs, models, plain=None, own=lambda reward: reward):
 
 
 def weighted(spec):
-    """WHAT@0.5 -> WHAT and 0.5; without a number behind the last @, all of it and 1."""
+    """WHAT@0.5 -> WHAT and 0.5; if no number follows the last @, all of it and 1."""
     what, at, behind = spec.rpartition("@")
     try:
         weight = float(behind if at else "")

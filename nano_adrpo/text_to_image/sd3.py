@@ -67,7 +67,7 @@ class Release:
         return next((folder / part for folder in self.folders if (folder / part).is_dir()), None)
 
     def expects(self, part):
-        """Whether the model has `part`, be it here or missing. A single file is SD3's, which has all, whatever base lists."""
+        """Whether the model has `part`, even if its files are missing. A single file is SD3's, which has all."""
         if self.keys is not None and self.find(part) == self.path:
             return True
         if part in self.index:

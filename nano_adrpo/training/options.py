@@ -94,7 +94,7 @@ def run(parser, **defaults):
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of forward passes; what is trained stays float32")
     add("--eval-every", type=positive(int), help="rounds between evaluations, with a checkpoint each")
     flag(add, "--eval-first", True, "evaluate before the first round, too")
-    flag(add, "--keep-checkpoints", False, "keep every checkpoint, as round-N/, and not the last alone")
+    flag(add, "--keep-checkpoints", False, "keep every checkpoint, in round-N/, not only the last")
     parser.set_defaults(**defaults)
     return add
 
@@ -131,7 +131,7 @@ def words(parser, file, argv):
 
 
 def saved(args):
-    """What config.json holds: the options as they were given, and the defaults of the others."""
+    """All options, given or default, as config.json stores them."""
     return {name: value for name, value in vars(args).items() if name not in ("out", "config")}
 
 
@@ -148,6 +148,6 @@ def check_range(low, high):
 
 
 def check_beta0(args):
-    """Refuses β0 = 0 where the method is β0 − A; as a fixed β it is allowed."""
+    """Raises InputError for β0 = 0 with the method adrpo; a fixed β may be 0."""
     if args.method == "adrpo" and args.beta0 == 0:
         raise InputError("--beta0 0: expected a positive number with --method adrpo; the other methods take 0, no divergence")

@@ -26,14 +26,14 @@ def claim(out, default, config):
 
     out       the folder, new or empty; None takes the first of default, default-2, default-3, … that is new
 
-    Of two runs that claim one folder at the same time, one gets it and the other is refused.
+    If two runs claim one folder at the same time, one gets it and the other raises InputError.
     """
     refuse_used(out)
     for number in itertools.count(1):
         folder = Path(out or (default if number == 1 else f"{default}-{number}"))
         try:
             folder.mkdir(parents=True, exist_ok=bool(out))
-            (folder / "config.json").touch(exist_ok=False)  # who creates the file has the folder
+            (folder / "config.json").touch(exist_ok=False)  # the run that creates this file owns the folder
             break
         except FileExistsError:
             if out:

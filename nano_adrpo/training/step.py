@@ -23,7 +23,8 @@ def weight_dtype(args):
 
 
 def reference_of(network, adapters):
-    """Keeps the network as it is now, the reference. -> a function: `with reference() as frozen:` gives it, without gradient.
+    """Keeps the network as it is now, as the reference. -> a function: inside `with reference() as frozen:`, frozen is that
+    network and nothing gets a gradient.
 
     adapters   True: the network with its adapters off, no second copy. False: a frozen copy
     """
@@ -31,8 +32,12 @@ def reference_of(network, adapters):
 
     @contextlib.contextmanager
     def reference():
-        with torch.no_grad(), lora.disabled(network) if adapters else contextlib.nullcontext(frozen) as model:
-            yield model
+        with torch.no_grad():
+            if adapters:
+                with lora.disabled(network):
+                    yield network
+            else:
+                yield frozen
 
     return reference
 
@@ -64,7 +69,7 @@ def learning_rate(args, round):
 
 
 def optimizer_step(optimizer, loss, args, ema):
-    """One AdamW step on the gradients that were summed up, clipped to --clip-grad. It zeroes them. -> their norm before.
+    """One AdamW step on the gradients that were summed up, clipped to --clip-grad; then zeroes them. -> their norm before
 
     loss   a number. Raises NotFinite, before anything changes, where it or the norm is not finite
     """
