@@ -84,7 +84,7 @@ def train():
 
 
 def law_at_rest(R):
-    """Weights that turn samples of the reference into samples of p_ref / (β0 − A): their rewards [N] -> [N], with sum 1.
+    """Weights [N] that turn the reference's samples, of rewards R [N], into samples of p_ref / (β0 − A); their sum is 1.
 
     A = R − E[R] needs the mean under the law itself, so the mean and the weights are computed in turn until they agree.
     """
@@ -98,19 +98,15 @@ def law_at_rest(R):
 def main(picture=None):
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    laws = {}  # name -> samples and their weights
-    for round, x in train().items():
-        laws[f"round {round}" if round else "reference"] = x, torch.full((len(x),), 1 / len(x))
+    laws = {f"round {round}" if round else "reference": (x, torch.full((len(x),), 1 / len(x))) for round, x in train().items()}
     x = draw(v_ref, 100_000)
-    laws["p_ref / (β0 − A)"] = x, law_at_rest(reward(x))  # where ADRPO comes to rest
+    laws["p_ref / (β0 − A)"] = x, law_at_rest(reward(x))  # where ADRPO ends
     laws["p_ref · exp(R / β0)"] = x, (reward(x) / BETA0).softmax(dim=0)  # the optimum of KL regularisation, to compare
     table = {}  # name -> mean reward, shares of the islands
-    print("                      mean reward   shares of the islands, by what they pay")
-    print(" " * 36, *(f"{R:5.1f}" for R in REWARDS.tolist()))
+    print(f"{'':20}mean reward   shares of the islands, which pay", *REWARDS.tolist())
     for name, (x, weights) in laws.items():
-        mean, shares = (weights * reward(x)).sum().item(), torch.zeros(5).index_add(0, island(x), weights).tolist()
-        print(f"{name:19} {mean:13.3f}   ", *(f"{share:5.3f}" for share in shares))
-        table[name] = mean, shares
+        table[name] = (weights * reward(x)).sum().item(), torch.zeros(5).index_add(0, island(x), weights).tolist()
+        print(f"{name:20}{table[name][0]:11.3f}   ", *(f"{share:.3f}" for share in table[name][1]))
     if picture:
         paint(picture, laws, table)
     return table
@@ -118,18 +114,13 @@ def main(picture=None):
 
 def paint(file, laws, table):
     """1,000 samples of every law but the last, in the colour of their reward, with the share of each island."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(laws) - 1, figsize=(15, 3.6), layout="constrained")
     for axis, (name, (x, weights)) in zip(axes, laws.items()):
-        x = x[torch.multinomial(weights, 1000, replacement=True)]
+        x, (mean, shares) = x[torch.multinomial(weights, 1000, replacement=True)], table[name]
         dots = axis.scatter(*x.T, c=reward(x), s=3)
-        mean, shares = table[name]
-        axis.set(title=f"{name}\nmean reward {mean:.2f}", xticks=[], yticks=[], aspect="equal")
-        axis.set(xlim=(-4.6, 4.6), ylim=(-4.6, 4.6))
+        axis.set(title=f"{name}\nmean reward {mean:.2f}", xticks=[], yticks=[], xlim=(-4.6, 4.6), ylim=(-4.6, 4.6))
         for (a, b), share in zip(CENTRES.tolist(), shares):
             axis.text(1.95 * a, 1.95 * b, f"{share:.0%}", ha="center", va="center")
     figure.colorbar(dots, label="reward")

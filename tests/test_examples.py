@@ -36,7 +36,7 @@ def test_the_gaussian_example_ends_at_the_law_that_theory_predicts(tmp_path):
         command.append(str(picture))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     output = subprocess.run(command, env=environment, check=True, capture_output=True, encoding="utf-8").stdout
-    rows = {line[:19].strip(): [float(number) for number in line[19:].split()] for line in output.splitlines()[2:]}
+    rows = {line[:20].strip(): [float(number) for number in line[20:].split()] for line in output.splitlines()[1:]}
     mean, shares = law_at_rest()
     assert mean == pytest.approx(0.485, abs=1e-3)
     assert rows["reference"] == pytest.approx([sum(q * R for q, R in zip(SHARES, REWARDS)), *SHARES], abs=0.015)

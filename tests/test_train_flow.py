@@ -212,7 +212,7 @@ def test_without_matplotlib_a_run_says_what_it_left_out(few, monkeypatch, capsys
 
 
 def test_ten_rounds_of_the_main_job_learn(tmp_path):
-    train_flow.main(["--out", str(tmp_path / "run"), "--rounds", "10"])
+    train_flow.main(["--out", str(tmp_path / "run"), "--rounds", "10", "--eval-samples", "4"])
     first, last = lines(tmp_path / "run")[0]["eval"], lines(tmp_path / "run")[-1]["eval"]
     assert last["reward"] > first["reward"] + 3 and last["joint"] > first["joint"] + 0.08
 
