@@ -1,0 +1,314 @@
+"""train_grpo.py: every option has an effect, rewards are those asked for, bad input is one line."""
+
+import json
+import statistics
+import subprocess
+import sys
+
+import grpo_runs
+import pytest
+import scripts
+import torch
+from grpo_runs import BASE, ROOT, SMALL, edited, jsonl, train, watch
+from safetensors.torch import load_file
+from scripts import lines, written
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+import train_grpo
+from nano_adrpo import demo
+from nano_adrpo.files import safetensors
+from nano_adrpo.models import decoder
+from nano_adrpo.models.decoder import Config, Decoder, RewardModel
+from nano_adrpo.training import options as shared
+
+few = grpo_runs.few
+
+# ----------------------------------------------------------------------------------------------------------------- options
+
+# Option: (its value, other options of both runs). With the option, what the run writes must differ from the run without.
+EFFECTS = {
+    "--method": ("grpo", ()),
+    "--beta0": (0.5, ()),
+    "--a-min": (-0.01, ("--rounds", 2)),
+    "--a-max": (0.01, ("--rounds", 2)),
+    "--clip-eps": (1e-3, ("--inner-epochs", 2)),
+    "--kl": ("k2", ("--rounds", 2)),
+    "--average": ("tokens", ()),
+    "--prompts-per-round": (3, ()),
+    "--group-size": (3, ()),
+    "--max-new-tokens": (8, ()),
+    "--temperature": (0.5, ()),
+    "--rounds": (2, ()),
+    "--lr": (1e-2, ()),
+    "--lr-schedule": ("cosine", ("--rounds", 3)),
+    "--lr-hold": (0.0, ("--rounds", 3)),
+    "--lr-end": (0.5, ("--rounds", 3)),
+    "--warmup": (2, ()),
+    "--weight-decay": (0.5, ()),
+    "--clip-grad": (1e-3, ("--rounds", 2)),
+    "--lora-rank": (2, ()),
+    "--lora-alpha": (8, ("--lora-rank", 2)),
+    "--lora-targets": ("q_proj", ("--lora-rank", 2)),
+    "--ema": (0.9, ()),
+    "--inner-epochs": (2, ()),
+    "--minibatches": (2, ()),
+    "--instruction": ("1", ()),
+    "--reward": ("format", ()),
+    "--format-reward": (0.5, ()),
+    "--judge": (demo.GRPO["judge"], ()),
+    "--seed": (1, ()),
+    "--dtype": ("bfloat16", ()),
+    "--eval-every": (1, ("--rounds", 2, "--eval-every", 2)),
+    "--no-eval-first": (None, ()),
+    "--keep-checkpoints": (None, ()),
+    "--eval-samples": (3, ()),
+    "--eval-temperature": (0.1, ()),
+    "--eval-top-k": (1, ()),
+    "--eval-top-p": (0.2, ()),
+}
+# Options that change how, not what, is computed, or where from or to: each has a test of its own in this file.
+ELSEWHERE = {
+    "--micro-batch", "--gradient-checkpointing", "--model", "--problems", "--held-out", "--max-prompt-tokens", "--eval-batch",
+    "--config", "--out", "--device",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", EFFECTS)
+def test_every_option_does_something(few, option):
+    value, others = EFFECTS[option]
+    without, with_it = few("without", *others), few("with", *others, option, *([] if value is None else [value]))
+    if option.startswith("--eval-t") or option in ("--ema", "--judge"):
+        assert lines(without)[-1]["eval"] != lines(with_it)[-1]["eval"]
+    assert written(without) != written(with_it)
+
+
+def test_every_option_is_listed_above(monkeypatch):
+    names, parse = set(), shared.parse
+
+    def spy(parser, argv):
+        names.update(action.option_strings[0] for action in parser._actions)
+        return parse(parser, argv)
+
+    monkeypatch.setattr(train_grpo.options, "parse", spy)
+    train_grpo.parse([])
+    assert names - {"-h"} == {name.replace("--no-", "--") for name in EFFECTS} | ELSEWHERE
+
+
+def test_batches_and_memory_savers_are_used_and_change_nothing(few, monkeypatch):
+    counts, checkpoint, generate = {"checkpoint": 0, "generate": []}, decoder.checkpoint, Decoder.generate
+
+    def counted(*args, **kwargs):
+        counts["checkpoint"] += 1
+        return checkpoint(*args, **kwargs)
+
+    def generated(model, ids, *args, **kwargs):
+        counts["generate"].append(len(ids))
+        return generate(model, ids, *args, **kwargs)
+
+    monkeypatch.setattr(decoder, "checkpoint", counted)
+    monkeypatch.setattr(Decoder, "generate", generated)
+    plain, saver = lines(few("plain")), lines(few("saver", "--gradient-checkpointing"))
+    assert plain == saver and counts["checkpoint"] == 3  # one gradient step through three blocks
+    assert counts["generate"] == 2 * [8, 8, 8]  # the evaluation of 4 problems × 2, the round, the evaluation
+    counts["generate"].clear()
+    few("batched", "--eval-batch", 3)
+    assert counts["generate"] == [3, 3, 2, 8, 3, 3, 2]
+
+
+def test_rewards_are_those_asked_for(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def both(prompts, completions):\n    return [len(p) + 100 * len(c) for p, c in zip(prompts, completions)]\n"
+    )
+    policy, codec, _ = train_grpo.open_policy(train_grpo.parse([]), None)
+    texts = ["g####62", "c7+8=15,4+1+1=6####65", "r17+48=65", "o40+10=50", "k####"]
+    problems = [train_grpo.text.Problem("17+48=", 65)] * 5
+
+    def rewards(*options):
+        _, _, reward, _ = train_grpo.open_task(train_grpo.parse(list(map(str, options))), policy, codec)
+        scores = reward(texts, problems)
+        return scores.pop("reward").tolist(), {name: term.tolist() for name, term in scores.items()}
+
+    right, guess, stated = [0, 1, 1, 0, 0], pytest.approx([0.3, 1, 1, 0, 0]), [1, 1, 0, 0, 0]
+    deceptive = demo.DECEPTIVE["reward"][0]
+    assert rewards() == (right, {})
+    assert rewards("--format-reward", 0.5) == ([0.5, 1.5, 1, 0, 0], {"exact": right, "format": stated})
+    assert rewards("--reward", "exact@2", "format@-0.5") == ([-0.5, 1.5, 2, 0, 0], {"exact": right, "format": stated})
+    assert rewards("--reward", deceptive) == (guess, {})
+    sums = pytest.approx([2.3, 3, 1, 0, 0])
+    assert rewards("--reward", deceptive, "--format-reward", 2) == (sums, {"deceptive": guess, "format": stated})
+    own = [6 + 100 * len(text) for text in texts]
+    assert rewards("--reward", f"{tmp_path / 'mine.py'}:both") == (own, {})
+
+
+def reward_folder(path, *tokens, **files):
+    """A tiny RewardModel with the demo's tokenizer, or with one that has other tokens before those."""
+    from nano_adrpo.demo.arithmetic_recipe import TOKENS
+
+    model = RewardModel(Config("gemma", 24 + len(tokens), 16, 24, 2, 2, 64))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+    vocabulary = {token: index for index, token in enumerate([*tokens, *TOKENS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("####|<[^>]*>|user|model|."), "isolated")
+    model.files = {"tokenizer.json": tokenizer.to_str().encode(), **files}
+    model.save_pretrained(path)
+    return path, vocabulary
+
+
+def test_a_reward_model_reads_prompt_and_completion(tmp_path, few, monkeypatch):
+    folder, vocabulary = reward_folder(tmp_path / "rm")
+    seen = watch(monkeypatch)
+    out = few("run", "--reward", f"reward_model:{folder}", "--micro-batch", 4)
+    (rollout,), model = seen["rollouts"], RewardModel.from_pretrained(folder)
+    drawn = torch.randint(4, (2,), generator=torch.Generator().manual_seed(0)).tolist()
+    questions = [("17+48=", "29+34=", "57+36=", "88+13=")[row] for row in drawn for _ in range(4)]
+    expected = []
+    for question, text in zip(questions, rollout.texts):
+        characters = (question + text).replace("####", "#")
+        row = [vocabulary["####" if char == "#" else char] for char in characters]
+        expected.append(model(torch.tensor([row])).item())
+    assert lines(out)[1]["reward"] == pytest.approx(statistics.mean(expected), abs=1e-4)
+
+
+def test_a_reward_model_may_have_another_tokenizer_and_a_chat_template(tmp_path):
+    # As RM-Gemma-2B has, whose policy may be a Qwen.
+    marks = ["<bos>", "<start_of_turn>", "<end_of_turn>", "user", "model", "\n"]
+    template = b"{{ '<start_of_turn>' }} System role not supported"
+    folder, vocabulary = reward_folder(tmp_path / "rm", *marks, **{"chat_template.jinja": template})
+    reward = train_grpo.text.parse([str(folder)])(["c7+8"], [train_grpo.text.Problem("17+48=", 65)])["reward"]
+    words = ["<bos>", "<start_of_turn>", "user", "\n", *"17+48=", "<end_of_turn>", "\n",
+             "<start_of_turn>", "model", "\n", *"c7+8", "<end_of_turn>", "\n"]  # fmt: skip
+    expected = RewardModel.from_pretrained(folder)(torch.tensor([[vocabulary[word] for word in words]]))
+    assert reward.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_problems_by_path_through_a_chat_template(tmp_path):
+    # A model of random weights, whose tokenizer has ChatML's letters and marks as well.
+    from nano_adrpo.demo.arithmetic_recipe import TOKENS
+
+    tokens = [*TOKENS, *"?useain\n"]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex("####|."), "isolated"), decoders.Fuse()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    model = Decoder(Config("qwen3", tokenizer.get_vocab_size(), 16, 24, 2, 2, 128, eos_token_id=1))
+    model.files = {"tokenizer.json": tokenizer.to_str().encode(), "chat_template.jinja": b"{{ '<|im_start|>' }}"}
+    model.save_pretrained(tmp_path / "model")
+    train_file = jsonl(tmp_path / "train.jsonl", ("12+34=", 46), ("1+2+3=", 6), ("100-1=", 99))
+    held_out = jsonl(tmp_path / "test.jsonl", ("7+7=", 14))
+    options = ["--model", tmp_path / "model", "--problems", train_file, "--held-out", held_out, "--instruction", "?"]
+    values = train(tmp_path / "run", *options, "--rounds", 1, "--eval-samples", 8)
+    assert set(values) == {"reward", "pass@1", "pass@8", "entropy", "kl_k1", "kl_k3", "length"}  # no styles: not the demo's
+    args = train_grpo.parse(list(map(str, options)))
+    policy, codec, _ = train_grpo.open_policy(args, None)
+    problems, held, *_ = train_grpo.open_task(args, policy, codec)
+    ids, seen = codec.encode([problem.question for problem in held + problems], 100)
+    questions = ("7+7=", "12+34=", "1+2+3=", "100-1=")
+    texts = [tokenizer.decode(row[keep.bool()].tolist(), skip_special_tokens=False) for row, keep in zip(ids, seen)]
+    assert texts == [f"<|im_start|>user\n{question}?<|im_end|>\n<|im_start|>assistant\n" for question in questions]
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, *argv):
+    return scripts.refused(capsys, lambda: train_grpo.main([*SMALL, *map(str, argv)]))
+
+
+def test_bad_options_are_refused(capsys, tmp_path):
+    for options, message in (
+        (["--bogus", 1], "unrecognized arguments: --bogus"),
+        (["--round", 1], "unrecognized arguments: --round"),  # no abbreviations
+        (["--kl", "k4"], "argument --kl: invalid choice: 'k4'"),
+        (["--beta0", 0], "--beta0 0: expected a positive number with --method adrpo; the other methods take 0"),
+        (["--beta0", -0.04], "argument --beta0: -0.04 is not a positive number"),
+        (["--temperature", 0], "argument --temperature: 0 is not a positive number"),
+        (["--eval-top-p", 1.5], "--eval-top-p 1.5: expected at most 1"),
+        (["--group-size", 1], "--group-size 1: expected at least 2"),
+        (["--minibatches", 3], "--minibatches 3 does not divide the 16 completions of a round"),
+        (["--micro-batch", 5], "--micro-batch 5 does not divide the 16 completions of a minibatch"),
+        (["--a-min", 2, "--a-max", 1], "--a-min and --a-max: the advantage's range is [2.0, 1.0]; expected A_min ≤ A_max"),
+        (["--lora-targets", "q_proj"], "--lora-alpha and --lora-targets: expected only with --lora-rank"),
+        (["--lora-rank", 8, "--lora-targets", "q"], "--lora-targets: Decoder has no linear layer whose name ends in"),
+        (["--device", "meta"], "argument --device: device 'meta' is not available"),
+        (["--held-out", "p.jsonl"], "--problems and --held-out: expected both or neither"),
+        (["--problems", "no-such-file", "--held-out", "no-such-file"], "no-such-file"),
+        (["--model", "no-such-folder"], "no-such-folder"),
+        (["--reward", "no-such-folder"], "reward 'no-such-folder': no such reward or folder; expected one of exact, format"),
+        (["--reward", "reward_model:nowhere"], "nowhere"),
+        (["--reward", "format", "--format-reward", 1], "reward 'format@1.0': format is named twice"),
+        (["--reward", "nowhere.py:f"], "nowhere.py: no such file; expected one with the function 'f'"),
+        (["--reward", BASE], "'architectures' is ['Qwen3ForCausalLM']; expected"),
+        (["--max-prompt-tokens", 5], "arithmetic_data/train.jsonl, --max-prompt-tokens 5: prompt 0 has 6 tokens"),
+        (["--max-new-tokens", 59], "--max-new-tokens 59 behind a prompt of 6 exceeds the model's 64 positions"),
+    ):
+        assert message in refused(capsys, "--out", tmp_path / "run", *options), options
+        assert not (tmp_path / "run").exists()
+
+
+LARGER = json.loads((BASE / "tokenizer.json").read_text())["model"]
+LARGER["vocab"]["x"] = 24
+
+
+def test_a_model_folder_that_does_not_fit_is_refused(capsys, tmp_path):
+    for number, (changes, message) in enumerate((
+        (dict.fromkeys(("config", "generation_config"), {"eos_token_id": None}), "nor config.json has an 'eos_token_id'"),
+        ({"generation_config": {"eos_token_id": [1, 24]}}, "'eos_token_id' is [1, 24]; the model's ids are below 24"),
+        ({"tokenizer": {"model": LARGER}}, "tokenizer.json has the id 24; the model's are below 24"),
+        ({"tokenizer": {"model": None}}, "tokenizer.json: not a tokenizer"),
+        ({"tokenizer_config": {"chat_template": "{{ messages }}"}}, "chat template of the model's folder is not implemented"),
+    )):  # fmt: skip
+        folder = edited(tmp_path / f"model{number}", **changes)
+        line = refused(capsys, "--model", folder, "--out", tmp_path / "run")
+        assert message in line and str(folder) in line and not (tmp_path / "run").exists()
+
+
+def test_a_damaged_model_is_refused(capsys, tmp_path):
+    folder, options = edited(tmp_path / "model"), ("--model", tmp_path / "model", "--out", tmp_path / "run")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    safetensors.save(file, tensors | {"model.norm.weight": torch.zeros(5)})
+    assert f"{file}: key 'model.norm.weight' has shape [5]; expected [64]" in refused(capsys, *options)
+    safetensors.save(file, tensors)
+    (folder / "tokenizer.json").unlink()
+    assert f"--model {folder}: the model's folder has no tokenizer.json" in refused(capsys, *options)
+    assert not (tmp_path / "run").exists()
+
+
+REWARD = """calls = []
+
+def third(prompts, completions):
+    calls.append(1)
+    return [0.0] * (len(prompts) - 1) + [0.0 if len(calls) < 4 else {}]
+"""
+
+
+def test_what_fails_in_a_round_names_it_and_the_last_checkpoint(capsys, tmp_path, few, monkeypatch):
+    mine = tmp_path / "mine.py"
+    options = ["--reward", f"{mine}:third", "--rounds", 3, "--eval-every", 1]  # calls: evaluation, round 1, its evaluation
+    mine.write_text(REWARD.format("float('nan')"))
+    line = scripts.refused(capsys, lambda: few("a", *options))
+    assert "round 2: a reward of the prompt '" in line and "is not finite (third)" in line
+    assert f"last good checkpoint: {tmp_path / 'a' / 'model'} (round 1)" in line
+    mine.write_text(REWARD.format("calls[9]"))  # a bug in the user's code: the traceback stays, and a note says where
+    with pytest.raises(IndexError) as bug:
+        few("b", *options)
+    assert bug.value.__notes__ == [f"In round 2; last good checkpoint: {tmp_path / 'b' / 'model'} (round 1)"]
+    loss = train_grpo.adrpo.policy_loss
+
+    def poisoned(*args):
+        return loss(*args) * (float("nan") if (tmp_path / "c" / "model").exists() else 1)
+
+    monkeypatch.setattr(train_grpo.adrpo, "policy_loss", poisoned)
+    line = scripts.refused(capsys, lambda: few("c", "--rounds", 3, "--eval-every", 1))
+    assert "round 2: loss nan" in line and f"last good checkpoint: {tmp_path / 'c' / 'model'} (round 1)" in line
+    saved = Decoder.from_pretrained(tmp_path / "c" / "model").state_dict()
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_the_script_runs_as_a_script(tmp_path):
+    command = [sys.executable, str(ROOT / "train_grpo.py")]
+    help_text = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path).stdout
+    assert all(option in help_text for option in ("--beta0", "--a-min", "--inner-epochs", "(default: 0.0008)"))
+    bad = subprocess.run([*command, "--beta0", "-1"], capture_output=True, text=True, cwd=tmp_path)
+    assert (bad.returncode, bad.stderr) == (2, "error: argument --beta0: -1 is not a positive number or 0\n")
