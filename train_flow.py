@@ -259,7 +259,8 @@ def parse(argv=None):
         size, what = (1, "pairs") if args.method == "dpo" else (args.group_size, "samples")
         options.divides("--micro-batch", args.micro_batch, args.prompts_per_round * size, f"{what} of a round")
     options.check_range(args.a_min, args.a_max)
-    options.check_beta0(args)
+    if args.method == "adrpo" and args.beta0 == 0:
+        raise InputError("--beta0 0: expected a positive number with --method adrpo; the other methods take 0")
     if args.embeddings and not args.prompts:
         raise InputError("--embeddings: expected only with --prompts")
     return args

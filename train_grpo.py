@@ -38,7 +38,7 @@ from nano_adrpo.training.step import (
 
 # A method is its β: a number, or one for each completion, from the normalised advantages A [N]. A new method is a new line.
 METHODS = {
-    "adrpo": lambda A, args: adrpo.adaptive_beta(A, args.beta0, advantage_range(args)),  # Eq. 7: β0 − clamp(A)
+    "adrpo": lambda A, args: args.beta0 - A.clamp(*advantage_range(args)),  # Eq. 7: β0 − clamp(A)
     "grpo": lambda A, args: args.beta0,  # Eq. 3
 }
 
@@ -217,7 +217,7 @@ def parse(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument_group("algorithm").add_argument
     add("--method", choices=tuple(METHODS), default="adrpo", help="coefficient of the KL: β0 − A, or β0")
-    add("--beta0", type=positive(float, zero=True), default=0.04, help="β0 (adrpo), or β (grpo; 0: no KL)")
+    add("--beta0", type=positive(float, zero=True), default=0.04, help="β0 (adrpo), or β (grpo); 0: no KL")
     add("--a-min", type=finite, help="A_min, the lower bound of A within β0 − A, in deviations; default −β0")
     add("--a-max", type=finite, help="A_max, its upper bound; default β0")
     add("--clip-eps", type=positive(float), default=0.2, help="ε of the ratio's clip [1 − ε, 1 + ε]")
@@ -267,7 +267,6 @@ def parse(argv=None):
     if args.eval_top_p > 1:
         raise InputError(f"--eval-top-p {args.eval_top_p}: expected at most 1")
     options.check_range(*advantage_range(args))
-    options.check_beta0(args)
     return args
 
 

@@ -220,7 +220,6 @@ def test_bad_options_are_refused(capsys, tmp_path):
         (["--bogus", 1], "unrecognized arguments: --bogus"),
         (["--round", 1], "unrecognized arguments: --round"),  # no abbreviations
         (["--kl", "k4"], "argument --kl: invalid choice: 'k4'"),
-        (["--beta0", 0], "--beta0 0: expected a positive number with --method adrpo; the other methods take 0"),
         (["--beta0", -0.04], "argument --beta0: -0.04 is not a positive number"),
         (["--temperature", 0], "argument --temperature: 0 is not a positive number"),
         (["--eval-top-p", 1.5], "--eval-top-p 1.5: expected at most 1"),

@@ -145,9 +145,3 @@ def check_range(low, high):
     """Refuses an empty range of the advantage."""
     if not low <= high:
         raise InputError(f"--a-min and --a-max: the advantage's range is [{low}, {high}]; expected A_min ≤ A_max")
-
-
-def check_beta0(args):
-    """Raises InputError for β0 = 0 with the method adrpo; a fixed β may be 0."""
-    if args.method == "adrpo" and args.beta0 == 0:
-        raise InputError("--beta0 0: expected a positive number with --method adrpo; the other methods take 0, no divergence")
