@@ -7,12 +7,12 @@ the messages, [{"role": "user", "content": …}, …] with the roles system, use
 """
 
 import functools
-import json
 import re
 
 import torch
 
 from nano_adrpo.errors import InputError
+from nano_adrpo.files import parse_json
 from nano_adrpo.models.tokenizers import open_tokenizer
 
 
@@ -46,8 +46,6 @@ def tokenizer_of(model):
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if highest >= (size := model.config.vocab_size):
         raise InputError(f"tokenizer.json has the id {highest}; the model's are below {size}")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     return tokenizer
 
 
@@ -65,10 +63,7 @@ def stop_ids(model):
 
 def settings(model, name):
     """The object in a JSON file of the model's folder, {} where the file is not there."""
-    try:
-        return dict(json.loads(model.files.get(name, "{}")))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: not a JSON object ({error})") from None
+    return parse_json(model.files.get(name, "{}"), name)
 
 
 def encode_prompts(tokenizer, texts, longest, special=False, device=None):
@@ -104,7 +99,7 @@ def chatml(messages, system=None, add_generation_prompt=True):
     if system and [message["role"] for message in messages[:1]] != ["system"]:
         messages = [{"role": "system", "content": system}, *messages]
     turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
-    return "".join(turns) + "<|im_start|>assistant\n" * add_generation_prompt
+    return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
 def qwen3(messages, thinking=True, add_generation_prompt=True):
@@ -121,7 +116,7 @@ def qwen3(messages, thinking=True, add_generation_prompt=True):
             message = {"role": "assistant", "content": answer}
         shown.append(message)
     prompt = chatml(shown, add_generation_prompt=add_generation_prompt)
-    return prompt + "<think>\n\n</think>\n\n" * (add_generation_prompt and not thinking)
+    return prompt + ("<think>\n\n</think>\n\n" if add_generation_prompt and not thinking else "")
 
 
 def gemma(messages, add_generation_prompt=True):
@@ -138,7 +133,7 @@ def gemma(messages, add_generation_prompt=True):
             raise InputError(f"message {index} is of role {message['role']!r}; Gemma takes user and assistant in turns")
     names = {"user": "user", "assistant": "model"}
     turns = [f"<start_of_turn>{names[m['role']]}\n{m['content'].strip()}<end_of_turn>\n" for m in messages]
-    return "<bos>" + "".join(turns) + "<start_of_turn>model\n" * add_generation_prompt
+    return "<bos>" + "".join(turns) + ("<start_of_turn>model\n" if add_generation_prompt else "")
 
 
 def default_system(jinja):

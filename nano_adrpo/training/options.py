@@ -21,7 +21,7 @@ def positive(kind, zero=False):
     def parse(text):
         value = kind(text)
         if not (value > 0 or zero and value == 0) or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number{' or 0' * zero}")
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number{' or 0' if zero else ''}")
         return value
 
     parse.__name__ = kind.__name__  # argparse's messages name it
