@@ -18,7 +18,7 @@ import torch
 from nano_adrpo import adrpo, demo, lora, metrics
 from nano_adrpo.errors import InputError, Parser, about, run_command
 from nano_adrpo.evaluation import plots
-from nano_adrpo.evaluation.text import evaluate
+from nano_adrpo.evaluation.text import evaluate, reward_means
 from nano_adrpo.language.chat import TextCodec
 from nano_adrpo.language.rollout import roll_out, score, score_all
 from nano_adrpo.models.decoder import Decoder
@@ -185,7 +185,7 @@ def describe(args, rollout, asked, rewards, A, beta, entropy, logp, ref_logp):
     low, high = advantage_range(args)
     at_bounds = ((A <= low) | (A >= high)) & (args.method == "adrpo")
     return {
-        **{name: value.mean().item() for name, value in rewards.items()},
+        **reward_means(rewards),
         "reward_std": groups.std(dim=1).mean().item(),
         "zero_spread": (groups == groups[:, :1]).all(dim=1).float().mean().item(),
         "accuracy": sum(map(exact_answer, rollout.texts, (problem.answer for problem in asked))) / len(asked),

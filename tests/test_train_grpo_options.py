@@ -140,6 +140,15 @@ def test_rewards_are_those_asked_for(tmp_path):
     assert rewards("--reward", f"{tmp_path / 'mine.py'}:both") == (own, {})
 
 
+def test_a_sum_of_rewards_is_logged_with_its_terms(tmp_path, few):
+    # A reward may be called what the script logs anyway, such as length.
+    (tmp_path / "mine.py").write_text("def length(prompts, completions):\n    return [-len(text) for text in completions]\n")
+    row = lines(few("run", "--reward", "exact@2", f"{tmp_path / 'mine.py'}:length@0.1", "--no-eval-first"))[0]
+    for values, right in ((row, row["accuracy"]), (row["eval"], row["eval"]["pass@1"])):
+        assert values["reward"] == pytest.approx(2 * values["reward_exact"] + 0.1 * values["reward_length"], abs=1e-5)
+        assert values["reward_exact"] == right and values["reward_length"] < -1 < values["length"]
+
+
 def reward_folder(path, *tokens, **files):
     """A tiny RewardModel with the demo's tokenizer, or with one that has other tokens before those."""
     from nano_adrpo.demo.arithmetic_recipe import TOKENS

@@ -43,10 +43,15 @@ def evaluate(
         scores.append([value[tokens] for value in (logp, ref_logp, entropy)])
     logp, ref_logp, entropy = map(torch.cat, zip(*scores))  # each [tokens of all completions]
     correct = torch.tensor([exact_answer(text, problem.answer) for text, problem in zip(texts, asked)]).reshape(-1, samples)
-    values = {name: torch.cat([each[name] for each in rewards]).mean().item() for name in rewards[0]}
+    values = reward_means({name: torch.cat([each[name] for each in rewards]) for name in rewards[0]})
     values["pass@1"] = metrics.pass_at_k(correct, 1)
     if samples >= 8:
         values["pass@8"] = metrics.pass_at_k(correct, 8)
     values |= {"entropy": entropy.mean().item(), **metrics.kl_from_reference(logp, ref_logp)}
     values["length"] = len(entropy) / len(texts)
     return values | (judge([problem.question for problem in asked], texts) if judge else {}), texts
+
+
+def reward_means(rewards):
+    """{name: [N]}, as rewards.Rewards gives them -> {"reward": mean of the sum, "reward_NAME": mean of each term}."""
+    return {name if name == "reward" else f"reward_{name}": values.mean().item() for name, values in rewards.items()}
