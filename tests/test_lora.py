@@ -144,6 +144,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         assert torch.equal(plain.get_parameter(name).grad, again.get_parameter(name).grad), name
 
 
+@pytest.mark.slow  # torch.compile calls a C++ compiler
 def test_a_compiled_model_switches_too(tmp_path):
     model = adapt(base("decoder"), "decoder")
     on = output(model)
