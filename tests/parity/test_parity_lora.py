@@ -166,7 +166,8 @@ def test_full_size_adapters_are_of_the_same_names_and_shapes(targets):
 
 
 def test_what_train_grpo_writes_opens_in_peft(tmp_path):
-    base, options = Path(demo.__file__).parent / "arithmetic_base", "--rounds 1 --prompts-per-round 4 --group-size 4 --lr 1e-2 --no-eval-first --eval-samples 1"
+    base = Path(demo.__file__).parent / "arithmetic_base"
+    options = "--rounds 1 --prompts-per-round 4 --group-size 4 --lr 1e-2 --no-eval-first --eval-samples 1"
     train_grpo.main([*options.split(), "--lora-rank", "4", "--lora-alpha", "16", "--out", str(tmp_path / "run")])
     (adapter,) = (file.parent for file in tmp_path.rglob("adapter_config.json"))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
