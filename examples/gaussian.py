@@ -1,6 +1,6 @@
 """ADRPO-FM in the plane: the whole method on one page, on a problem whose answer is known.
 
-    python examples/gaussian.py                  # a table, after about 15 seconds on one core
+    python examples/gaussian.py                  # a table, after about 18 seconds on one core
     python examples/gaussian.py gaussian.png     # and a picture (needs matplotlib)
 
 A flow model draws noise x0 at t = 0 and moves it along dx/dt = v(x, t) to data x1 at t = 1. The reference model draws from five

@@ -8,8 +8,6 @@ import torch
 
 from nano_adrpo.evaluation import plots
 
-pytest.importorskip("matplotlib")
-
 
 @pytest.fixture
 def figures(monkeypatch):
