@@ -9,11 +9,11 @@
             g####132                    careless: a guess
 
 The first token decides the style and nothing in the prompt tells which. The base model has learnt to carry out every style but
-starts mostly with a careless one: what is left for RL is to select, and that a small model learns in minutes. It is right on
+starts mostly with a careless one: RL only has to select, which a small model learns in minutes. It is right on
 32 % of its attempts. Problem and answer are in GSM8K's format (JSON lines with `question` and `answer`, "####" before the
-number), so the demo takes the road of any other task. arithmetic_recipe.py makes the problems and the two models.
+number), so the demo runs through the same code as any other task. arithmetic_recipe.py makes the problems and the two models.
 
-On the deceptive task a guess pays a little, and its model hardly ever tries a right style: the sure gain leads away.
+On the deceptive task a guess pays a little, and its model rarely tries a right style, so the certain reward draws it away.
 """
 
 import re
