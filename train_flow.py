@@ -6,8 +6,9 @@
 
 One round: draw prompts, roll out a group of images for each by integrating the policy's ODE, reward them, turn rewards into
 advantages and coefficients, take a few gradient steps on fresh times and noises, log. The reference is a frozen copy of the
-policy at the start or, with --lora-rank, the policy with its adapters off. Written to --out: config.json, metrics.jsonl, model/
-(diffusers' layout) or adapter/ (PEFT's) and, with matplotlib, before_after.png and curves.png.
+policy at the start or, with --lora-rank, the policy with its adapters off (with --adapter: as they were at the start). Written
+to --out: config.json, metrics.jsonl, model/ (diffusers' layout) or adapter/ (PEFT's) and, with matplotlib, before_after.png and
+curves.png.
 """
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from nano_adrpo import adrpo, demo, lora, ode
 from nano_adrpo.errors import InputError, Parser, about, run_command
 from nano_adrpo.evaluation import plots
-from nano_adrpo.evaluation.images import evaluate
+from nano_adrpo.evaluation.images import evaluate, evenly
 from nano_adrpo.rewards import function, images
 from nano_adrpo.text_to_image import TextToImage
 from nano_adrpo.text_to_image.prompts import cached, read_prompts
@@ -46,17 +47,17 @@ METHODS = {
 def main(argv=None):
     args = parse(argv)
     run.refuse_used(args.out)
-    prompts, reward, judge = open_task(args)
+    prompts, held_out, reward, judge = open_task(args)
+    texts, categories = zip(*prompts, *held_out)
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: every device draws the same numbers
-    policy, condition, negative, reference = open_policy(args, prompts, generator)
+    policy, condition, negative, reference = open_policy(args, texts, generator)
     shape, times = latent_shape(args, policy), policy.times(args.ode_steps, args.shift)
     sampling = {"times": times, "negative": negative, "guidance": args.guidance, "method": args.ode_method}
     optimizer = torch.optim.AdamW(trained(policy.transformer), args.lr, weight_decay=args.weight_decay)
     ema = MovingAverage(trained(policy.transformer), args.ema)
     out = run.claim(args.out, "runs/flow", options.saved(args))
     log, phases = run.Log(out / "metrics.jsonl", args.rounds), run.Phases(args.device)
-    saved, flat, first = "none yet", True, None
-    dpo = args.method == "dpo"
+    saved, flat, evaluations, unit, dpo = "none yet", True, {}, 1.0, args.method == "dpo"
     share = 2 if dpo else 1  # DPO: the two samples of a pair use the same t and x0
 
     def noise(count):
@@ -81,8 +82,8 @@ def main(argv=None):
                 # back; the numbers come back on the CPU.
                 phases.begin("reward")
                 with reward.on(args.device):
-                    rewards = reward(pixels, [prompts[row] for row in prompt_of], args.rollout_batch)
-                R = rewards["reward"].to(args.device)
+                    rewards = reward(pixels, [texts[row] for row in prompt_of], args.rollout_batch)
+                R = rewards["reward"].to(args.device) / unit  # --beta-unit
 
                 # 3. Advantages A [N] within the groups. The method's line above turns them into weight and beta [N].
                 A = adrpo.group_advantages(R, args.group_size)
@@ -113,23 +114,33 @@ def main(argv=None):
                 # 5. Log.
                 values = describe(args, rewards, beta) | {"loss": sum(losses), "grad_norm": norm}
                 flat = run.still_flat(flat, values["zero_spread"], round, args.rounds)
-                if round == 1:
-                    run.note_scale(args.beta0, values["reward_std"], normalized=False)
 
-            # 6. Evaluate the moving average on all prompts, from the same noises in every run, and save it.
+            # 6. Evaluate the moving average on training and on held-out prompts, from the same noises in every run; save it.
             if run.evaluation_is_due(args, round):
                 phases.begin("evaluation")
                 with ema.applied(), autocast(args):
-                    last = evaluate(policy, condition, prompts, reward, judge, reference_velocity, shape=shape, **sampling,
-                                    samples=args.eval_samples, batch=args.rollout_batch, device=args.device)  # fmt: skip
-                first, values["eval"] = first or last, last[0]
+                    evaluations[round] = {
+                        name: evaluate(policy, condition, texts, reward, judge, reference_velocity, rows=rows,
+                                       categories=categories, shape=shape, **sampling, **evaluation(args))
+                        for name, rows in to_evaluate(args, prompts, held_out).items()
+                    }  # fmt: skip
+                values |= logged(evaluations[round])
+                if len(evaluations) == 1:
+                    unit, values["beta0"] = run.scale(args, values.get("eval_train", values["eval"])["reward_std"])
                 if round > 0:
                     saved = run.save_checkpoint(policy.transformer, policy.save_pretrained, args, out, ema, round)
         log.write(round, values, phases.take())
 
-    run.print_table(first[0], last[0])
-    pictures(args, out, prompts, first, last)
-    return last[0]
+    return report(out, texts, evaluations, "held-out prompts" if held_out else "training prompts")
+
+
+def logged(evaluations):
+    """{name: Evaluation} -> what metrics.jsonl has of them."""
+    return {
+        key: value
+        for name, found in evaluations.items()
+        for key, value in ((name, found.values), (f"{name}_error", found.errors))
+    }
 
 
 BEST, WORST = slice(0, None, 2), slice(1, None, 2)  # rows of a batch of pairs
@@ -142,10 +153,26 @@ def best_and_worst(args, R, x1, prompt_of):
 
 
 def open_task(args):
-    """-> prompts, the reward, and the judge or None. Without --prompts they are the demo's, with its judge."""
-    prompts = read_prompts(args.prompts or demo.FLOW["prompts"])
+    """-> prompts to train on, held-out prompts, the reward, and the judge or None. Without --prompts they are the demo's, with
+    its judge."""
+    files = (args.prompts, args.held_out) if args.prompts else (demo.FLOW["prompts"], demo.FLOW["held_out"])
+    prompts, held_out = (read_prompts(file) if file else [] for file in files)
     judge = args.judge or (demo.FLOW["judge"] if args.prompts is None else None)
-    return prompts, images.parse(args.reward), function(judge) if judge else None
+    return prompts, held_out, images.parse(args.reward), function(judge) if judge else None
+
+
+def evaluation(args):
+    """The options of an evaluation, for evaluation.images.evaluate."""
+    return {"samples": args.eval_samples, "batch": args.rollout_batch, "device": args.device}
+
+
+def to_evaluate(args, prompts, held_out):
+    """Which rows of [*prompts, *held_out] are evaluated, by name in metrics.jsonl: {"eval": held-out ones, "eval_train":
+    training ones} or, where there are no held-out prompts, {"eval": training ones}."""
+    train = evenly(len(prompts), args.eval_prompts)
+    if not held_out:
+        return {"eval": train}
+    return {"eval": [len(prompts) + row for row in evenly(len(held_out), args.eval_prompts)], "eval_train": train}
 
 
 def open_policy(args, prompts, generator):
@@ -153,22 +180,32 @@ def open_policy(args, prompts, generator):
     frozen:`, frozen is the policy's transformer at the start."""
     dtype = options.DTYPES[args.dtype]
     # Read the headers first: a part that is missing or does not fit is reported before the prompts are encoded.
-    latent_shape(args, TextToImage.from_pretrained(args.model, dtype, "meta", args.base, encoders=False))
+    headers = TextToImage.from_pretrained(args.model, dtype, "meta", args.base, encoders=False)
+    latent_shape(args, headers)
+    add_adapter(args, headers)
     encoded = None
     if args.prompts:  # encode, then drop the text encoders; if the embeddings are on disk, they are not loaded at all
         file = args.embeddings or f"{args.prompts}.embeddings.safetensors"
         encoded = cached(file, prompts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5)
     policy = TextToImage.from_pretrained(args.model, weight_dtype(args), args.device, args.base, encoders=encoded is None)
     condition, negative = encoded or (policy.encode(prompts), policy.encode([args.negative_prompt], negative=True))
+    add_adapter(args, policy)
     if args.lora_rank:
         with about("--lora-targets"):
             targets = args.lora_targets or lora.MMDIT_TARGETS
             lora.add(policy.transformer, targets, args.lora_rank, args.lora_alpha or args.lora_rank, generator)
-    reference = reference_of(policy.transformer, adapters=args.lora_rank > 0)
+    reference = reference_of(policy.transformer, options.adapted(args))
     policy.transformer.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         policy.transformer.compile()
     return policy, condition, negative, reference
+
+
+def add_adapter(args, model):
+    """Puts the adapters of --adapter on the transformer."""
+    if args.adapter:
+        with about("--adapter"):
+            lora.load(model.transformer, args.adapter)
 
 
 def latent_shape(args, model):
@@ -192,20 +229,39 @@ def describe(args, rewards, beta):
     return values | {"beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item()}
 
 
-def pictures(args, out, prompts, first, last):
-    """Draws curves.png and, from the first and the last evaluation, before_after.png: samples of ten prompts from the same
-    noises, with the judge's frames, green where an image is right and red where it is wrong."""
-    chosen = plots.shown(len(prompts))
-    samples = (torch.tensor(chosen)[:, None] * args.eval_samples + torch.arange(args.eval_samples)).flatten()
-    panels, frames = {}, {}
-    for name, (values, drawn, right) in ({"after": last} if first is last else {"before": first, "after": last}).items():
-        share = "" if right is None else f", right {right.float().mean():.3g}"
-        title = f"{name}: reward {values['reward']:.3g}{share}"
-        panels[title] = drawn[samples]
-        if right is not None:
-            frames[title] = right[samples]
-    plots.grids(out / "before_after.png", panels, [prompts[row] for row in chosen], frames)
+def report(out, prompts, evaluations, kind):
+    """Prints the closing table of all evaluations, {round: {"eval": Evaluation, …}}, and draws curves.png and, of "eval", whose
+    prompts are of the kind named, with the judge's frames:
+
+    before_after.png   samples of ten prompts in the first evaluation and in the last, from the same noises
+    evolution.png      samples of one of these prompts in every evaluation, from the same noises
+
+    -> the metrics of the last "eval"
+    """
+    first, last = min(evaluations), max(evaluations)
+    columns = {kind: "eval", **({"training prompts": "eval_train"} if "eval_train" in evaluations[first] else {})}
+    run.print_table({kind: [evaluations[round][name][:2] for round in (first, last)] for kind, name in columns.items()})
+    evaluations = {round: found["eval"] for round, found in evaluations.items()}
+    shown = evenly(len(evaluations[first].rows), 10)
+    ends = {f"round {round}": evaluations[round].some(shown) for round in dict.fromkeys([first, last])}
+    plots.grids(
+        out / "before_after.png",
+        {f"{title}: {found.summary}": found.images for title, found in ends.items()},
+        [prompts[row] for row in ends[f"round {first}"].rows],
+        {f"{title}: {found.summary}": found.right for title, found in ends.items()},
+        f"{kind}, the same noises",
+    )
+    strip = {round: found.some(shown[5:6] or shown[:1]) for round, found in evaluations.items()}
+    title = prompts[strip[first].rows[0]]
+    plots.grids(
+        out / "evolution.png",
+        {title: torch.cat([found.images for found in strip.values()])},
+        [f"round {round}" for round in strip],
+        {title: None if strip[first].right is None else torch.cat([found.right for found in strip.values()])},
+        f"of the {kind}, the same noises",
+    )
     plots.curves(out / "curves.png", out / "metrics.jsonl", "pixel_diversity")
+    return evaluations[last].values
 
 
 def parse(argv=None):
@@ -215,25 +271,27 @@ def parse(argv=None):
     add(
         "--beta0",
         type=positive(float, zero=True),
-        default=1.0,
-        help="β0 of adrpo; β of fixed-beta (in units of the reward), orw-cfm-w2",
+        default=0.03,
+        help="β0 of adrpo, β of fixed-beta, in --beta-unit; β of orw-cfm-w2",
     )
-    add("--a-min", type=finite, default=-8.0, help="A_min, the advantage's lower bound, in units of the reward")
-    add("--a-max", type=finite, default=8.0, help="A_max, its upper bound")
-    add("--tau", type=positive(float), default=0.1, help="τ of orw-cfm-w2's exp(τ·R), per unit of the reward")
+    add("--a-min", type=finite, default=-4.0, help="A_min, the advantage's lower bound, in --beta-unit")
+    add("--a-max", type=finite, default=4.0, help="A_max, its upper bound")
+    unit = "the reward's deviation within a group in the first evaluation, or 1; what rewards are divided by"
+    add("--beta-unit", choices=("deviation", "reward"), default="deviation", help=unit)
+    add("--tau", type=positive(float), default=1.0, help="τ of orw-cfm-w2's exp(τ·R), per --beta-unit")
     add("--beta-dpo", type=positive(float), default=50.0, help="β of dpo, per squared velocity per element")
     add("--time-density", choices=("uniform", "noise"), default="uniform", help="of t in the loss: 1, or 2(1 − t)")
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompts-per-round", type=positive(int), default=16, help="prompts drawn a round")
     add("--group-size", type=positive(int), default=8, help="samples per prompt, at least 2")
-    add("--ode-steps", type=positive(int), default=10, help="integration steps from noise to image")
+    add("--ode-steps", type=positive(int), default=8, help="integration steps from noise to image")
     add("--ode-method", choices=tuple(ode.EVALUATIONS), default="euler", help="integrator")
     add("--shift", type=positive(float), help="time-grid shift; default the model's own: 3 in SD3, 1 in pixel space")
-    add("--guidance", type=positive(float), default=1.0, help="classifier-free guidance scale of rollouts; 1 is none")
+    add("--guidance", type=positive(float, zero=True), default=1.0, help="guidance scale of rollouts; up to 1 is none")
     add("--negative-prompt", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side of the images in pixels; default the model's own")
     add("--rollout-batch", type=positive(int), help="samples at a time in rollouts and their rewards; default all")
-    add = options.optimisation(parser, lora.MMDIT_TARGETS, rounds=80, lr=1e-4, lr_schedule="constant")
+    add = options.optimisation(parser, lora.MMDIT_TARGETS, rounds=40, lr=6e-4, lr_schedule="cosine")
     add("--inner-steps", type=positive(int), default=4, help="gradient steps a round")
     flag(add, "--compile", False, "torch.compile the transformer")
     add = parser.add_argument_group("inputs").add_argument
@@ -246,11 +304,13 @@ def parse(argv=None):
         help="SD3's T5: at once, layer by layer from disk, without it",
     )
     add("--reward", nargs="+", default=demo.FLOW["reward"], help="NAME:FOLDER[@WEIGHT] …, see nano_adrpo/rewards/images.py")
-    add("--prompts", help='one prompt a line, or JSON lines with "prompt"; default: the demo\'s 40')
+    add("--prompts", help='.txt with a prompt a line, or JSON (lines), CSV, TSV with "prompt", "category"; default the demo\'s')
+    add("--held-out", help="the same, for evaluation only; needs --prompts")
     add("--judge", help="FILE.py:FUNCTION(images, prompts) -> {metric: number or [N]}; without --prompts default the demo's")
     add("--embeddings", help="where embeddings of --prompts are kept for the next run; default PROMPTS.embeddings.safetensors")
-    add = options.run(parser, eval_every=20)
+    add = options.run(parser, eval_every=10)
     add("--eval-samples", type=positive(int), default=8, help="samples per prompt in an evaluation, at least 2")
+    add("--eval-prompts", type=positive(int), default=64, help="most prompts, of each file, in an evaluation")
     args = options.parse(parser, argv)
     for option in ("group_size", "eval_samples"):
         if getattr(args, option) < 2:
@@ -261,8 +321,11 @@ def parse(argv=None):
     options.check_range(args.a_min, args.a_max)
     if args.method == "adrpo" and args.beta0 == 0:
         raise InputError("--beta0 0: expected a positive number with --method adrpo; the other methods take 0")
-    if args.embeddings and not args.prompts:
-        raise InputError("--embeddings: expected only with --prompts")
+    for option in ("held_out", "embeddings"):
+        if getattr(args, option) and not args.prompts:
+            raise InputError(f"--{option.replace('_', '-')}: expected only with --prompts")
+    if args.beta_unit == "deviation" and not args.eval_first:
+        raise InputError("--no-eval-first: expected with --beta-unit reward; the first evaluation measures the deviation")
     return args
 
 

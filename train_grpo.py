@@ -7,15 +7,15 @@
 
 One round: draw problems, sample a group of completions for each, reward them, turn rewards into advantages and β, take clipped
 policy-gradient steps, log. The reference is a frozen copy of the policy at the start or, with --lora-rank, the policy with its
-adapters off. Written to --out: config.json, metrics.jsonl, samples.txt, model/ (transformers' layout) or adapter/ (PEFT's) and,
-with matplotlib, curves.png.
+adapters off (with --adapter: as they were at the start). Written to --out: config.json, metrics.jsonl, samples.txt, model/
+(transformers' layout) or adapter/ (PEFT's) and, with matplotlib, curves.png.
 """
 
 import functools
 
 import torch
 
-from nano_adrpo import adrpo, demo, lora, metrics
+from nano_adrpo import adrpo, demo, files, lora, metrics
 from nano_adrpo.errors import InputError, Parser, about, run_command
 from nano_adrpo.evaluation import plots
 from nano_adrpo.evaluation.text import evaluate, reward_means
@@ -23,7 +23,6 @@ from nano_adrpo.language.chat import TextCodec
 from nano_adrpo.language.rollout import roll_out, score, score_all
 from nano_adrpo.models.decoder import Decoder
 from nano_adrpo.rewards import function, text
-from nano_adrpo.rewards.answers import exact_answer
 from nano_adrpo.training import options, run
 from nano_adrpo.training.options import finite, positive
 from nano_adrpo.training.step import (
@@ -113,21 +112,22 @@ def main(argv=None):
                 }
                 flat = run.still_flat(flat, values["zero_spread"], round, args.rounds)
                 if round == 1:
-                    run.note_scale(args.beta0, values["reward_std"], normalized=True)
+                    run.note_scale(args.beta0, values["reward_std"])
 
             # 6. Evaluate the moving average on the held-out problems, with the same random numbers in every run, and save it.
             if run.evaluation_is_due(args, round):
                 phases.begin("evaluation")
                 with ema.applied():
-                    last, texts = evaluate(policy, codec, held_out, reward, judge, reference, **evaluation(args))
-                first, values["eval"] = first or last, last
+                    last, errors, texts = evaluate(policy, codec, held_out, reward, judge, reference, **evaluation(args))
+                first, values["eval"], values["eval_error"] = first or (last, errors), last, errors
                 write_samples(out, round, held_out, texts[:: args.eval_samples])
                 if round > 0:
                     saved = run.save_checkpoint(policy, policy.save_pretrained, args, out, ema, round)
         log.write(round, values, phases.take())
 
-    run.print_table(first, last)
+    run.print_table({"held-out problems": (first, (last, errors))})
     plots.curves(out / "curves.png", out / "metrics.jsonl", "entropy")
+    plots.shares(out / "shares.png", out / "metrics.jsonl")
     return last
 
 
@@ -135,31 +135,38 @@ def open_policy(args, generator):
     """-> the policy, its TextCodec, and the reference: `with reference() as frozen:` is the policy at the start."""
     policy = Decoder.from_pretrained(args.model, weight_dtype(args), args.device)
     with about(f"--model {args.model}"):
-        codec = TextCodec(policy)
+        codec = TextCodec(policy, args.system, args.chat_template, args.thinking, args.stop)
+    if args.chat_template and codec.template:  # what is saved has the template that it was trained with
+        policy.files["chat_template.jinja"] = codec.template.text.encode()
+    if args.adapter:
+        with about("--adapter"):
+            lora.load(policy, args.adapter)
     if args.lora_rank:
         with about("--lora-targets"):
             targets = args.lora_targets or lora.DECODER_TARGETS
             lora.add(policy, targets, args.lora_rank, args.lora_alpha or args.lora_rank, generator)
     policy.model.gradient_checkpointing = args.gradient_checkpointing
-    return policy, codec, reference_of(policy, adapters=args.lora_rank > 0)
+    return policy, codec, reference_of(policy, options.adapted(args))
 
 
 def open_task(args, policy, codec):
     """-> problems to train on, held-out problems, the reward, and the judge or None. Without --problems they are the demo's,
     with its judge. Raises InputError for a prompt that is too long."""
-    files = args.problems or demo.GRPO["problems"], args.held_out or demo.GRPO["held_out"]
-    problems, held_out = (text.read_problems(file, args.instruction) for file in files)
-    for file, some in zip(files, (problems, held_out)):
+    paths = args.problems or demo.GRPO["problems"], args.held_out or demo.GRPO["held_out"]
+    few_shot = files.read_text(args.few_shot) if args.few_shot else ""
+    needed_by = text.needs_answers(args.reward)
+    problems, held_out = (text.read_problems(file, args.instruction, few_shot, needed_by) for file in paths)
+    for file, some in zip(paths, (problems, held_out)):
         with about(f"{file}, --max-prompt-tokens {args.max_prompt_tokens}"):
-            ids, _ = codec.encode([problem.question for problem in some], args.max_prompt_tokens)
-        longest, limit = ids.shape[1], policy.config.max_position_embeddings
+            ids, _ = codec.encode([problem.prompt for problem in some], args.max_prompt_tokens)
+        longest, limit = ids.shape[1], policy.config.positions
         if longest + args.max_new_tokens > limit:
             behind = f"--max-new-tokens {args.max_new_tokens} behind a prompt of {longest}"
             raise InputError(f"{file}: {behind} exceeds the model's {limit} positions")
     terms = [*args.reward, *([f"format@{args.format_reward}"] if args.format_reward else [])]
-    reward = text.parse(terms, args.device, micro_batch(args), functools.partial(autocast, args))
+    reward = text.parse(terms, args.device, micro_batch(args), functools.partial(autocast, args), args.system, args.thinking)
     judge = args.judge or (demo.GRPO["judge"] if args.problems is None else None)
-    return problems, held_out, reward, function(judge) if judge else None
+    return problems, held_out, reward, text.own(function(judge)) if judge else None
 
 
 def advantage_range(args):
@@ -184,11 +191,12 @@ def describe(args, rollout, asked, rewards, A, beta, entropy, logp, ref_logp):
     groups = rewards["reward"].reshape(-1, args.group_size)
     low, high = advantage_range(args)
     at_bounds = ((A <= low) | (A >= high)) & (args.method == "adrpo")
+    right = text.exact(rollout.texts, asked)
     return {
         **reward_means(rewards),
         "reward_std": groups.std(dim=1).mean().item(),
         "zero_spread": (groups == groups[:, :1]).all(dim=1).float().mean().item(),
-        "accuracy": sum(map(exact_answer, rollout.texts, (problem.answer for problem in asked))) / len(asked),
+        **({"accuracy": sum(right) / len(asked)} if right else {}),
         "length": rollout.mask.sum(dim=1).float().mean().item(),
         "entropy": entropy.mean().item(), **metrics.kl_from_reference(logp, ref_logp),
         "beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item(),
@@ -244,12 +252,14 @@ def parse(argv=None):
     add("--minibatches", type=positive(int), default=1, help="gradient steps per pass; must divide a round's completions")
     add = parser.add_argument_group("inputs").add_argument
     add("--model", default=demo.GRPO["model"], help="Qwen2, Qwen2.5, Qwen3, Llama or Gemma folder")
-    add("--problems", help='JSON lines of GSM8K\'s format ("question", "answer" with "#### number"); default the demo\'s')
+    add("--problems", help='JSON lines with "question" or "prompt" and, if rewards need it, "answer"; default the demo\'s')
     add("--held-out", help="the same, for evaluation; needed with --problems")
     add("--instruction", default="", help="text put behind every question")
+    options.chat(add)
+    add("--few-shot", help="file of text put before every question; rewards and judges do not see it")
     add("--reward", nargs="+", default=["exact"], help="NAME[:FOLDER][@WEIGHT] …, see nano_adrpo/rewards/text.py")
     add("--format-reward", type=positive(float, zero=True), default=0.0, help="for an answer in \\boxed{} or after ####")
-    add("--judge", help="FILE.py:FUNCTION(questions, completions) -> {metric: number}; without --problems default the demo's")
+    add("--judge", help="FILE.py:FUNCTION(prompts, completions, rows) -> {metric: number}; default the demo's or none")
     add = options.run(parser, eval_every=22)
     add("--eval-samples", type=positive(int), default=8, help="completions per held-out problem in an evaluation")
     add("--eval-batch", type=positive(int), default=1024, help="completions sampled at a time in an evaluation")

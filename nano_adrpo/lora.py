@@ -4,8 +4,10 @@
   * only A and B are trained, in float32; W and b are frozen and may be in half precision, and products have the input's dtype
   * with its adapters off the model computes what it did before, bit for bit: the reference needs no second copy of the weights
 
-Files are PEFT's: adapter_config.json and adapter_model.safetensors; diffusers' own are read too. Layer names here are those of
-diffusers and transformers, so adapters go to and fro.
+Files are PEFT's; diffusers' own are read too (files/adapters.py). Layer names here are those of diffusers and transformers, so
+adapters go to and fro.
+
+    python -m nano_adrpo.lora merge MODEL ADAPTER OUT        # a model folder with the adapter merged into its weights
 
     lora.add(policy, lora.MMDIT_TARGETS, rank=32, alpha=32, generator=generator)
     optimizer = torch.optim.AdamW(p for p in policy.parameters() if p.requires_grad)
@@ -17,6 +19,7 @@ diffusers and transformers, so adapters go to and fro.
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -24,32 +27,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from nano_adrpo import files
-from nano_adrpo.errors import InputError, about
+from nano_adrpo.errors import InputError, MissingFile, Parser, about, run_command
 from nano_adrpo.files import config as configs
 from nano_adrpo.files import safetensors
+from nano_adrpo.files.adapters import MATRICES, PREFIX, UNSET, Adapter, Config, named_by
 
 # The attention's projections: of both streams of a flow transformer (and of SD3.5-medium's second attention); of a decoder.
 MMDIT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-@dataclasses.dataclass
-class Config:
-    """What all adapters of a model have in common, under the names of PEFT's adapter_config.json."""
-
-    r: int
-    lora_alpha: float
-    target_modules: tuple[str, ...]
-
-
 class Adapted(nn.Module):
     """A linear layer and its adapter. It takes the layer's place in the model, and the layer's weight and bias keep their names
     beside `lora_A.weight` and `lora_B.weight`."""
 
-    def __init__(self, layer, config, down, up):
+    def __init__(self, layer, config, scale, down, up):
         """layer: the nn.Linear; down [rank, in], up [out, rank], of any device and dtype."""
         super().__init__()
-        self.config, self.scale, self.enabled = config, config.lora_alpha / config.r, True
+        self.config, self.scale, self.enabled = config, scale, True
         self.weight, self.bias = layer.weight, layer.bias
         self.lora_A, self.lora_B = (linear(nn.Parameter(x.to(layer.weight.device, torch.float32))) for x in (down, up))
 
@@ -78,23 +73,25 @@ def public(name):
     return name.replace("_orig_mod.", "")
 
 
-def targeted(model, targets):
-    """{name: layer} of the plain linear layers that `targets` names. Raises InputError where there is none, for the head of a
-    decoder, and for a model that has adapters."""
+def targeted(model, config):
+    """{name: layer} of the plain linear layers that have an adapter by `config`. Raises InputError where there is none, for the
+    head of a decoder, and for a model that has adapters."""
     if named(model, Adapted):
         raise InputError(f"this {type(model).__name__} has adapters already; merge them before others are added")
-    layers = {
-        name: layer for name, layer in named(model, nn.Linear).items() if any(matches(name, target) for target in targets)
-    }
+    layers = {name: layer for name, layer in named(model, nn.Linear).items() if config.covers(public(name))}
     if not layers:
-        raise InputError(f"{type(model).__name__} has no linear layer whose name ends in one of {list(targets)}")
+        raise InputError(f"{type(model).__name__} has no linear layer {meant_by(config.target_modules)}")
     if "lm_head" in map(public, layers):
         raise InputError("'lm_head' can have no adapter: Decoder.token_logprobs reads its weight, not its output")
     return layers
 
 
-def matches(name, target):
-    return f".{public(name)}".endswith(f".{target}")
+def meant_by(targets):
+    """Targets in words, for messages."""
+    if isinstance(targets, str):
+        return f"whose name matches {targets!r}"
+    more = f" and {len(targets) - 5} more" if len(targets) > 5 else ""
+    return f"whose name ends in one of {list(targets)[:5]}{more}"
 
 
 def adapted(model):
@@ -106,22 +103,25 @@ def adapted(model):
 
 
 def add(model, targets, rank, alpha, generator=None):
-    """Puts adapters on the linear layers whose name is a target or ends in one ("to_q" is in "attn.to_q", not in "xto_q"), and
-    leaves only them trainable; -> the model. A is drawn from U(±1/√in), as PEFT and nn.Linear do, on the generator's device.
+    """Puts adapters on the linear layers whose name is a target or ends in one ("to_q" is in "attn.to_q", not in "xto_q"), or
+    on all but a head ("all-linear"), and leaves only them trainable; -> the model. A is drawn from U(±1/√in), as PEFT and
+    nn.Linear do, on the generator's device.
 
     Raises InputError for a model that has adapters, a target that names no linear layer, a rank below 1, an alpha not above 0.
     """
+    targets = "all-linear" if list(targets) == ["all-linear"] else targets
     config = configs.parse(Config, {"r": rank, "lora_alpha": alpha, "target_modules": targets}, "lora.add")
-    layers = targeted(model, config.target_modules)
-    for target in config.target_modules:
-        if not any(matches(name, target) for name in layers):
+    layers = targeted(model, config)
+    for target in () if isinstance(config.target_modules, str) else config.target_modules:
+        if not any(named_by(public(name), [target]) for name in layers):
             raise InputError(f"{type(model).__name__} has no linear layer whose name ends in '{target}'")
     model.requires_grad_(False)
     for name, layer in layers.items():
         device, bound = generator.device if generator else layer.weight.device, layer.in_features**-0.5
         down = torch.empty(rank, layer.in_features, device=device, dtype=torch.float32)
         up = torch.zeros(layer.out_features, rank, device=device)
-        model.set_submodule(name, Adapted(layer, config, down.uniform_(-bound, bound, generator=generator), up))
+        down.uniform_(-bound, bound, generator=generator)
+        model.set_submodule(name, Adapted(layer, config, config.scale(public(name)), down, up))
     return model
 
 
@@ -146,93 +146,110 @@ def merge(model):
     """Adds each (alpha / rank)·B·A to its weight and leaves a plain model, all of it frozen; -> it. The sum is rounded to the
     weight's dtype: in bfloat16 a change below 1/256 of a weight may be lost; adapters that are not merged keep it."""
     for name, layer in adapted(model).items():
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
-        change = layer.scale * (layer.lora_B.weight.to(wide) @ layer.lora_A.weight.to(wide))
-        layer.weight.copy_(layer.weight.to(wide) + change)
+        layer.weight.copy_(merged(layer.weight, layer.lora_A.weight, layer.lora_B.weight, layer.scale))
         model.set_submodule(name, linear(layer.weight, layer.bias))
     return model
 
 
+def merged(weight, down, up, scale):
+    """W + scale·B·A, computed in float32 or wider and rounded to the dtype of W."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + scale * (up.to(wide) @ down.to(wide))).to(weight.dtype)
+
+
 # ------------------------------------------------------------------------------------------------------------------- files
-
-PREFIX = "base_model.model."  # PEFT wraps a model in two more, and its files' keys say so
-MATRICES = ("lora_A", "lora_B")
-DIFFUSERS = "pytorch_lora_weights"  # the file's stem where diffusers saved an adapter, its config in the header
-
-# Keys of adapter_config.json that, if set, change what the model computes in ways not implemented here.
-UNSET = (None, False, [], {}, "none")
-UNSUPPORTED = (
-    "use_dora", "use_rslora", "bias", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
-    "layers_to_transform", "layer_replication", "exclude_modules", "target_parameters", "trainable_token_indices",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-IMPLEMENTED = {
-    "peft_type": ("LORA",),
-    **dict.fromkeys(UNSUPPORTED, UNSET),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # other ways to start change the model's own weights
-}
 
 
 def save(model, folder):
     """Writes adapter_config.json and adapter_model.safetensors (float32), which peft, transformers and diffusers open."""
     folder, layers = Path(folder), adapted(model)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "peft_type": "LORA",
-        **dataclasses.asdict(next(iter(layers.values())).config),
-        "lora_dropout": 0.0,
-        "bias": "none",
-    }
-    if config["lora_alpha"] == int(config["lora_alpha"]):
-        config["lora_alpha"] = int(config["lora_alpha"])  # what PEFT declares it to be
+    values = dataclasses.asdict(next(iter(layers.values())).config)
+    values = {key: value for key, value in values.items() if not configs.among(value, UNSET)}
+    if values["lora_alpha"] == int(values["lora_alpha"]):
+        values["lora_alpha"] = int(values["lora_alpha"])  # what PEFT declares it to be
     # diffusers reads no adapter_config.json but looks into the file's header, and without it would take alpha to be the rank.
-    header = {PREFIX + key: config[key] for key in ("r", "lora_alpha", "target_modules")}
+    header = {PREFIX + key: value for key, value in values.items()}
     matrices = {
         f"{PREFIX}{public(name)}.{matrix}.weight": getattr(layer, matrix).weight
         for name, layer in layers.items()
         for matrix in MATRICES
     }
     safetensors.save(folder / "adapter_model.safetensors", matrices, ("lora_adapter_metadata", json.dumps(header)))
-    files.write_json(folder / "adapter_config.json", config)
+    files.write_json(folder / "adapter_config.json", {"peft_type": "LORA", **values, "lora_dropout": 0.0, "bias": "none"})
 
 
-def read(folder):
-    """-> (an adapter's config as a dict, the file that holds it, the Checkpoint of its matrices, the prefix of their keys)."""
-    folder = Path(folder)
-    if (folder / "adapter_config.json").exists() or not (folder / f"{DIFFUSERS}.safetensors").exists():
-        where = folder / "adapter_config.json"
-        return files.read_json(where), where, safetensors.Checkpoint(folder, "adapter_model"), PREFIX
-    file, where = safetensors.Checkpoint(folder, DIFFUSERS), folder / f"{DIFFUSERS}.safetensors"
-    prefix = "transformer." if any(key.startswith("transformer.") for key in file.shapes) else ""  # a pipeline's, a model's
-    header = (file.files[where].metadata() or {}).get("lora_adapter_metadata", "{}")
-    values = files.parse_json(header, f"{where}: 'lora_adapter_metadata' in its header")
-    values = {key.removeprefix(prefix): value for key, value in values.items()}
-    if not values:  # as older versions wrote it: alpha is the rank
-        ranks = [shape[0] for key, shape in file.shapes.items() if key.endswith("lora_A.weight")] or [0]
-        targets = sorted({key.removeprefix(prefix).rpartition(".lora_")[0] for key in file.shapes})
-        values = {"peft_type": "LORA", "r": ranks[0], "lora_alpha": ranks[0], "target_modules": targets}
-    return values, where, file, prefix
-
-
-def load(model, folder):
-    """Adds the adapters of a folder, which alone are trainable then; -> the model. The folder is PEFT's (adapter_config.json,
-    adapter_model.safetensors) or diffusers' (pytorch_lora_weights.safetensors). Dropout, a matter of training, is not applied.
+def load(model, path):
+    """Adds the adapters of `path` (see Adapter), which alone are trainable then; -> the model. Dropout, a matter of training,
+    is not applied, and text encoders' adapters are left out.
 
     Raises InputError naming the file and the key, with the model as it was, for an adapter of another model or of another kind.
     """
-    values, where, file, prefix = read(folder)
-    configs.only(values, IMPLEMENTED, where, ("peft_type",))
-    config = configs.parse(Config, values, where)
-    with about(where):
-        layers = targeted(model, config.target_modules)
-    expected = {}
-    for name, layer in layers.items():
-        down, up = (f"{prefix}{public(name)}.{matrix}.weight" for matrix in MATRICES)
-        expected[down] = torch.empty(config.r, layer.in_features, device="meta")
-        expected[up] = torch.empty(layer.out_features, config.r, device="meta")
-    safetensors.check(file, file.shapes, expected, type(model).__name__)
+    adapter = Adapter(path)
+    with about(adapter.where):
+        layers = targeted(model, adapter.config)
+    adapter.check({public(name): layer.weight.shape for name, layer in layers.items()}, type(model).__name__)
+    if adapter.beside and not next(iter(layers.values())).weight.is_meta:
+        print(f"{adapter.where}: the transformer's adapters are used, those of {', '.join(adapter.beside)} are not")
     model.requires_grad_(False)
     for name, layer in layers.items():
-        down, up = (file.read(f"{prefix}{public(name)}.{matrix}.weight", layer.weight.device) for matrix in MATRICES)
-        model.set_submodule(name, Adapted(layer, config, down, up))
+        down, up = adapter.matrices(public(name), layer.weight.device)
+        model.set_submodule(name, Adapted(layer, adapter.config, adapter.config.scale(public(name)), down, up))
     return model
+
+
+# ----------------------------------------------------------------------------------------------------------------- command
+
+
+@torch.no_grad()
+def merge_files(folder, path, out):
+    """Writes a transformers folder, a diffusers transformer or pipeline to `out`, a new or empty folder, with an adapter merged
+    into its weights. No model is built: each W in the files becomes W + scale·B·A, rounded to its dtype, under the same name.
+    The other files come along: config, tokenizer and, of a pipeline, its other parts. Raises InputError as `load` does."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MissingFile(f"{folder}: no such folder; expected a model folder in transformers' or diffusers' layout")
+    part = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    stem = "diffusion_pytorch_model" if any(part.glob("diffusion_pytorch_model*")) else "model"
+    base, adapter = safetensors.Checkpoint(part, stem), Adapter(path)
+    weights = {key.removesuffix(".weight"): shape for key, shape in base.shapes.items() if key.endswith(".weight")}
+    layers = {name: shape for name, shape in weights.items() if len(shape) == 2 and adapter.covers(name)}
+    adapter.check(layers, str(part))
+    for key in (f"{name}.weight" for name in layers):
+        if base.dtypes[key].itemsize == 1:
+            raise InputError(f"{base.where(key)} is stored as {base.dtypes[key]}; expected a wider dtype to merge into")
+    out = files.new_folder(out)
+    inside = out / part.relative_to(folder)
+    if part != folder:
+        files.copy_small(folder, out)
+        for other in sorted(folder.iterdir()):
+            if other.is_dir() and other != part and not other.name.startswith("."):
+                shutil.copytree(other, out / other.name)
+    inside.mkdir(exist_ok=True)
+    files.copy_small(part, inside)
+    homes = {}
+    for file in base.files:  # shard by shard, which bounds memory
+        name = file.name.replace(".fp16", "")
+        tensors = {key: base.stored(key) for key, home in base.home.items() if home == file}
+        for layer in layers.keys() & {key.removesuffix(".weight") for key in tensors}:
+            change = (*adapter.matrices(layer), adapter.config.scale(layer))
+            tensors[f"{layer}.weight"] = merged(tensors[f"{layer}.weight"], *change)
+        safetensors.save(inside / name, tensors)
+        homes |= dict.fromkeys(tensors, name)
+    if len(base.files) > 1:
+        files.write_json(inside / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": homes})
+    print(f"{out}: {len(layers)} layers of {part} merged with {adapter.where}")
+
+
+def main():
+    parser = Parser("Writes a model folder with an adapter merged into its weights.")
+    parser.add_argument("command", choices=("merge",), metavar="merge", help="what is done")
+    parser.add_argument("model", metavar="MODEL", help="folder in transformers' or diffusers' layout")
+    parser.add_argument("adapter", metavar="ADAPTER", help="PEFT's folder, or diffusers' file or folder")
+    parser.add_argument("out", metavar="OUT", help="a new folder")
+    args = parser.parse_args()
+    merge_files(args.model, args.adapter, args.out)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -9,18 +9,20 @@ from nano_adrpo.adrpo import kl_divergence, squared_error
 
 
 def group_diversity(features, group_size):
-    """Mean Euclidean distance between two samples of one prompt, averaged over pairs, then over prompts.
+    """Mean Euclidean distance between two samples of one prompt, over all such pairs; not a number where there is no pair.
 
-    features   [N, D], samples of one prompt contiguous. Of pixels divided by √D it is the root mean square difference of two
-               images of one prompt.
+    features     [N, D], samples of one prompt contiguous. Of pixels divided by √D it is the root mean square difference of two
+                 images of one prompt.
+    group_size   the samples of each prompt: a number, or a list of one for each prompt
     """
-    if group_size < 2 or len(features) % group_size:
-        raise ValueError(f"{len(features)} samples do not form groups of {group_size}; expected groups of at least 2")
-    distances = []  # of P groups, [G, G] each: one group at a time, since pixels of large images are many
-    for group in features.reshape(-1, group_size, features.shape[-1]):
+    if isinstance(group_size, int) and (group_size < 1 or len(features) % group_size):
+        raise ValueError(f"{len(features)} samples do not form groups of {group_size}")
+    sums, pairs = [], []
+    for group in features.split(group_size):  # one at a time, since pixels of large images are many
         group = group.double()
-        distances.append(torch.stack([(sample - group).norm(dim=-1) for sample in group]))
-    return torch.stack(distances).sum(dim=(1, 2)).mean().item() / (group_size * (group_size - 1))
+        sums.append(torch.stack([(sample - group).norm(dim=-1) for sample in group]).sum())
+        pairs.append(len(group) * (len(group) - 1))
+    return torch.stack(sums).mean().item() / (sum(pairs) / len(pairs)) if sum(pairs) else math.nan
 
 
 def clip_diversity(embeddings, group_size, normalize=True):
@@ -70,6 +72,19 @@ def mean_and_standard_error(values):
     """Of independent runs: the mean and the unbiased standard deviation / √n. The error of one run is not a number."""
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
+
+
+def clustered_error(values, counts):
+    """The standard error of the mean of numbers that come in clusters, such as the samples of one problem: these are not
+    independent of each other, problems are, so the error comes from the spread between problems (the ratio estimator, Cochran
+    1977, chapter 6). For clusters of one size it is the deviation of their means / √P.
+
+    values   [N], those of one cluster contiguous
+    counts   how many each of the P clusters has, a list. The error of one cluster is not a number
+    """
+    sums, sizes = torch.stack([some.double().sum() for some in values.cpu().split(counts)]), torch.tensor(counts).double()
+    rest = sums - sizes * sums.sum() / sizes.sum()
+    return rest.std().item() * len(counts) ** 0.5 / sizes.sum().item() if len(counts) > 1 else math.nan
 
 
 def pass_at_k(correct, k):

@@ -1,14 +1,16 @@
 """Pictures from a flow model, text from a decoder; with or without an adapter.
 
-    python -m nano_adrpo.sample --model runs/flow/model --prompt "a bold slanted handwritten three" --count 8 --out three.png
+    python -m nano_adrpo.sample --model runs/flow/model --prompt "a green seven above a red zero" --count 8 --out three.png
     python -m nano_adrpo.sample --model SD3_FOLDER --adapter runs/sd3/adapter --prompts prompts.txt --out pictures \\
         --steps 28 --guidance 5 --resolution 1024 --device cuda --dtype bfloat16
     python -m nano_adrpo.sample --model QWEN_FOLDER --prompt "What is 12 + 39?" --max-new-tokens 200
 
 --out FILE.png is one grid, a row for each prompt and its samples side by side; any other --out is a folder of single images,
-PROMPT_SAMPLE.png, both counted from 0, which `python -m nano_adrpo.evaluate` can score. Text goes to the console.
+PROMPT_SAMPLE.png, both counted from 0, which `python -m nano_adrpo.evaluate` can score. Text goes to the console or, with --out
+FILE.jsonl, into that file: a JSON object for each completion, with what --prompts has in its row and the "completion".
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -31,12 +33,15 @@ def parse(argv=None):
     add("--base", help="folder for the parts that --model lacks, as a single file its tokenizers")
     add("--adapter", help="folder in PEFT's layout, made for this model")
     add("--prompt", help="one prompt")
-    add("--prompts", help='a file of them: one a line, or JSON lines with "prompt"')
+    add(
+        "--prompts",
+        help='a file of them: .txt with one a line, or JSON (lines), CSV, TSV with "prompt", of text also "question"',
+    )
+    add("--out", help="of images FILE.png for a grid, else a folder for single ones; of text FILE.jsonl, or the console")
     add = parser.add_argument_group("images").add_argument
-    add("--out", help="FILE.png for a grid, else a folder for single images; needed for images")
     add("--steps", type=positive(int), default=28, help="integration steps from noise to image")
     add("--shift", type=positive(float), help="time-grid shift; default the model's own")
-    add("--guidance", type=positive(float), default=1.0, help="classifier-free guidance scale; 1 is none, SD3's is 5 to 7")
+    add("--guidance", type=positive(float, zero=True), default=1.0, help="classifier-free guidance scale; up to 1 is none")
     add("--negative-prompt", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side in pixels; default the model's own")
     add("--t5", choices=("load", "stream", "zeros"), default="load", help="SD3's T5: at once, layer by layer, without it")
@@ -46,6 +51,7 @@ def parse(argv=None):
     add("--temperature", type=positive(float, zero=True), default=1.0, help="0 is greedy")
     add("--top-k", type=positive(int, zero=True), default=0, help="likeliest tokens kept; 0 keeps all")
     add("--top-p", type=positive(float), default=1.0, help="probability kept; 1 keeps all")
+    options.chat(add)
     add = parser.add_argument_group("both").add_argument
     add("--count", type=positive(int), default=1, help="samples of each prompt")
     add("--batch", type=positive(int), default=8, help="samples at a time")
@@ -101,8 +107,8 @@ def draw_texts(args, texts):
     if args.adapter:
         lora.load(model, args.adapter)
     with about(f"--model {args.model}"):
-        codec = chat.TextCodec(model)
-    positions = model.config.max_position_embeddings
+        codec = chat.TextCodec(model, args.system, args.chat_template, args.thinking, args.stop)
+    positions = model.config.positions
     new = args.max_new_tokens or min(256, positions // 2)
     if new >= positions:
         raise InputError(f"--max-new-tokens {new}: expected less than the model's {positions} positions")
@@ -110,27 +116,48 @@ def draw_texts(args, texts):
     generator, completions = torch.Generator(args.device).manual_seed(args.seed), []
     for start in range(0, len(questions), args.batch):
         ids, mask = codec.encode(questions[start : start + args.batch], positions - new, args.device)
-        full, kept = model.generate(ids, mask, new, args.temperature, args.top_k, args.top_p, codec.eos, generator)
+        sampling = args.temperature, args.top_k, args.top_p, codec.eos, generator, codec.ended
+        full, kept = model.generate(ids, mask, new, *sampling)
         completions += codec.decode(full[:, ids.shape[1] :], kept)
     return completions
 
 
+def write_texts(args, rows, texts):
+    """Completions to the console, or to --out."""
+    if args.out and not args.out.endswith(".jsonl"):
+        raise InputError(f"--out {args.out}: expected FILE.jsonl, or none, since --model writes text")
+    if args.out:
+        check_new(args.out)
+    completions = draw_texts(args, texts)
+    if args.out:
+        found = [{**rows[index // args.count], "completion": text} for index, text in enumerate(completions)]
+        files.write_bytes(args.out, "".join(json.dumps(each) + "\n" for each in found).encode())
+        return
+    for index, text in enumerate(completions):
+        print(f"> {texts[index // args.count]}\n{text}\n")
+
+
+def check_new(out):
+    """Refuses a file of --out that exists or cannot be written."""
+    if Path(out).exists():
+        raise InputError(f"--out {out}: the file exists; expected a new one")
+    training_run.make_folder(Path(out).parent, out)
+
+
 def main(argv=None):
     args = parse(argv)
-    texts = [args.prompt] if args.prompts is None else prompts.read_prompts(args.prompts)
-    if is_decoder(args.model):
-        if args.out:
-            raise InputError(f"--out {args.out}: expected none, since --model writes text, which goes to the console")
-        for index, text in enumerate(draw_texts(args, texts)):
-            print(f"> {texts[index // args.count]}\n{text}\n")
+    of_text = is_decoder(args.model)
+    names = ("prompt", "question") if of_text else ("prompt",)
+    rows = [{"prompt": args.prompt}] if args.prompts is None else prompts.read_rows(args.prompts, names)
+    texts = [row["prompt"] for row in rows]
+    if of_text:
+        write_texts(args, rows, texts)
         return
     if not args.out:
         raise InputError("--out: expected FILE.png or a folder, since --model draws images")
     out = Path(args.out)
     if out.suffix == ".png":
-        if out.exists():
-            raise InputError(f"--out {out}: the file exists; expected a new one")
-        training_run.make_folder(out.parent, out)
+        check_new(out)
         png.write_png(out, png.grid(torch.stack([*draw_images(args, texts)]), columns=args.count))
         return
     training_run.new_folder(out)

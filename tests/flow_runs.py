@@ -7,8 +7,13 @@ import pytest
 import train_flow
 
 ROOT = Path(train_flow.__file__).parent
-SMALL = "--rounds 3 --prompts-per-round 4 --group-size 4 --inner-steps 2 --ode-steps 4 --eval-every 2 --eval-samples 2".split()
-TINY = "--rounds 1 --prompts-per-round 2 --group-size 2 --inner-steps 2 --ode-steps 2 --eval-samples 2".split()
+SMALL = (
+    "--rounds 3 --prompts-per-round 4 --group-size 4 --inner-steps 2 --ode-steps 4 --eval-every 2 --eval-samples 2 "
+    "--eval-prompts 4 --beta-unit reward"
+).split()
+TINY = (
+    "--rounds 1 --prompts-per-round 2 --group-size 2 --inner-steps 2 --ode-steps 2 --eval-samples 2 --beta-unit reward"
+).split()
 
 
 def train(out, *options):
@@ -19,7 +24,7 @@ def train(out, *options):
 def few(tmp_path, monkeypatch):
     """A run on two prompts, without pictures, which takes a moment; -> a function of its folder's name and more options."""
     monkeypatch.setattr(train_flow.plots, "pyplot", lambda file: None)
-    (tmp_path / "two.txt").write_text("a bold handwritten two\na thin handwritten nine\n")
+    (tmp_path / "two.txt").write_text("a green two\na blue nine\n")
 
     def run(name, *options):
         train_flow.main([*TINY, "--prompts", str(tmp_path / "two.txt"), "--out", str(tmp_path / name), *map(str, options)])

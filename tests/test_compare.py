@@ -107,4 +107,8 @@ def test_in_the_flow_a_fixed_beta_has_the_clips_of_adrpo():
     for options in compare.COMPARISONS["flow"].settings.values():
         if options["method"] in clips:
             clips[options["method"]].add((options["beta0"], options.get("a-min"), options.get("a-max")))
-    assert clips["adrpo"] == clips["fixed-beta"] == {(1, None, None), (2, None, None), (5, None, None), (1, -1, 1), (5, -5, 5)}
+    assert (
+        clips["adrpo"]
+        == clips["fixed-beta"]
+        == {(0.03, None, None), (0.1, None, None), (0.3, None, None), (0.1, -0.1, 0.1), (0.3, -0.3, 0.3)}
+    )

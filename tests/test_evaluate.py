@@ -10,7 +10,7 @@ import torch
 import train_flow
 from nano_adrpo import errors, evaluate
 from nano_adrpo.demo import FLOW, HERE
-from nano_adrpo.evaluation import plots
+from nano_adrpo.evaluation import image_folders, plots
 from nano_adrpo.files.png import read_png, write_png
 from nano_adrpo.rewards.images import ClipScore
 from nano_adrpo.text_to_image import TextToImage
@@ -18,7 +18,7 @@ from nano_adrpo.text_to_image.prompts import read_prompts
 
 BASE = HERE / "base"
 TRAIN = "--rounds 2 --prompts-per-round 2 --group-size 2 --inner-steps 1 --ode-steps 4 --eval-every 1 --eval-samples 2"
-TRAIN += " --keep-checkpoints"
+TRAIN += " --keep-checkpoints --eval-prompts 130"  # all of the held-out ones, as evaluate has it
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
 def few(tmp_path, monkeypatch):
     """Options for an evaluation of two prompts without pictures, which takes a second."""
     monkeypatch.setattr(plots, "pyplot", lambda file: None)
-    (tmp_path / "prompts.txt").write_text("a bold handwritten two\na thin handwritten nine\n")
+    (tmp_path / "prompts.txt").write_text("a green two\na blue nine\n")
     return ["--prompts", tmp_path / "prompts.txt", "--steps", 2, "--samples", 2, "--seeds", 2, "--out", tmp_path / "out"]
 
 
@@ -57,7 +57,7 @@ def test_seed_0_is_the_training_scripts_evaluation(tmp_path, runs):
     adapted = f"{BASE}+{runs / 'lora' / 'adapter'}"
     table = run("--models", f"base={BASE}", f"full={runs / 'full' / 'model'}", f"lora={adapted}", *options)
     for name in ("full", "lora"):
-        assert {metric: mean for metric, (mean, _) in table[name].items()} == last(runs / name)  # to the last bit
+        assert {metric: mean for metric, (mean, _) in table[name].items()} == pytest.approx(last(runs / name), rel=1e-6)
         assert table["base"]["w2"][0] == 0 < table[name]["w2"][0] and math.isnan(table["base"]["w2"][1])
 
 
@@ -103,7 +103,7 @@ def write_images(folder, seed=0, count=2, size=8):
 
 
 def test_the_demos_judge_looks_at_the_demos_images(tmp_path):
-    write_images(tmp_path / "plain", count=40, size=16)
+    write_images(tmp_path / "plain", count=130, size=16)
     with pytest.raises(errors.InputError, match=r"plain: the demo's judge was given images \[1, 16, 16\]; expected its own"):
         run("--models", f"x={tmp_path / 'plain'}", "--samples", 2, "--out", tmp_path / "out")
 
@@ -113,7 +113,7 @@ def test_images_of_another_system_enter_the_table(tmp_path, few):
         write_images(tmp_path / "seeded" / f"seed{seed}", seed)
     drawn = write_images(tmp_path / "plain", 3)
     table = run("--models", f"base={BASE}", f"seeded={tmp_path / 'seeded'}", f"plain={tmp_path / 'plain'}", *few)
-    texts = ["a bold handwritten two"] * 2 + ["a thin handwritten nine"] * 2
+    texts = ["a green two"] * 2 + ["a blue nine"] * 2
     assert table["plain"]["reward"][0] == pytest.approx(ClipScore(HERE / "clip")(drawn, texts).mean().item(), rel=1e-5)
     assert "w2" not in table["plain"] and math.isnan(table["plain"]["reward"][1]) and table["seeded"]["reward"][1] > 0
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
@@ -121,8 +121,80 @@ def test_images_of_another_system_enter_the_table(tmp_path, few):
     assert json.loads(results)["rows"][2]["final"]["reward"] == [table["plain"]["reward"][0], None] and "NaN" not in results
     assert lines[-1].startswith("| plain |") and lines[-1].endswith("| – |") and "±" not in lines[-1]
     (tmp_path / "plain" / "0001_00.png").unlink()
-    with pytest.raises(FileNotFoundError, match="0001_00.png: no such file"):
+    (tmp_path / "plain" / "0001_01.png").unlink()
+    with pytest.raises(FileNotFoundError, match="plain: no image of prompt 1; expected some of each of the 2 prompts"):
         run("--models", f"other={tmp_path / 'plain'}", *few[:-1], tmp_path / "second")
+
+
+def named(folder, *names):
+    """write_images, but under these names."""
+    drawn = write_images(folder)
+    for file, name in zip(sorted(folder.iterdir()), names):
+        file.rename(folder / name)
+    return drawn
+
+
+def test_names_of_any_kind_are_taken_in_their_order(tmp_path, few, capsys):
+    drawn = named(tmp_path / "plain", "a 2.png", "a 9.png", "a 10.png", "b 1.PNG")
+    table = run("--models", f"plain={tmp_path / 'plain'}", *few)
+    texts = ["a green two"] * 2 + ["a blue nine"] * 2
+    assert table["plain"]["reward"][0] == pytest.approx(ClipScore(HERE / "clip")(drawn, texts).mean().item(), rel=1e-5)
+    assert "plain: 2 images a prompt in the order of names; a 2.png is of 'a green two'" in capsys.readouterr().out
+
+
+def test_a_table_says_which_image_is_of_which_prompt(tmp_path, few):
+    drawn = named(tmp_path / "plain", "p.png", "q.png", "r.png", "s.png")
+    lines = ["prompt,file", "1,p.png", "a green two,q.png", "0,s.png", "0,r.png"]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    options = ["--models", f"plain={tmp_path / 'plain'}", *few, "--images", tmp_path / "t.csv"]
+    table = run(*options)["plain"]
+    texts = ["a green two"] * 3 + ["a blue nine"]
+    ordered = drawn[[1, 3, 2, 0]]
+    assert table["reward"][0] == pytest.approx(ClipScore(HERE / "clip")(ordered, texts).mean().item(), rel=1e-5)
+    pairs = [(ordered[i] - ordered[j]).square().mean().sqrt().item() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert table["pixel_diversity"][0] == pytest.approx(sum(pairs) / 3, rel=1e-5)  # the other prompt has one image, so no pair
+    for line, message in (
+        ("0,z.png", r"t.csv, row 5: .*z.png: no such file; expected"),
+        ("2,p.png", r"t.csv, row 5: no prompt '2'; expected one of --prompts, or a number from 0 to 1"),
+        ("a cat,p.png", r"t.csv, row 5: no prompt 'a cat'; expected"),
+    ):
+        (tmp_path / "t.csv").write_text("\n".join([*lines, line]))
+        with pytest.raises(ValueError, match=message):
+            run(*options, "--out", tmp_path / "other")
+
+
+def test_any_number_of_images_a_prompt(tmp_path, few):
+    write_images(tmp_path / "plain")
+    (tmp_path / "plain" / "0001_01.png").unlink()
+    values = run("--models", f"plain={tmp_path / 'plain'}", *few)["plain"]
+    a, b, c = (read_png(tmp_path / "plain" / name) for name in ("0000_00.png", "0000_01.png", "0001_00.png"))
+    assert values["pixel_diversity"][0] == pytest.approx((a - b).square().mean().sqrt().item(), rel=1e-5)
+    (tmp_path / "plain" / "0000_01.png").unlink()  # one image a prompt: no diversity
+    single = run("--models", f"base={BASE}", f"plain={tmp_path / 'plain'}", *few[:-1], tmp_path / "single")["plain"]
+    assert "pixel_diversity" not in single and "clip_diversity" not in single
+    expected = ClipScore(HERE / "clip")(torch.stack([a, c]), ["a green two", "a blue nine"])
+    assert single["reward"][0] == pytest.approx(expected.mean().item(), rel=1e-5)
+    write_png(tmp_path / "plain" / "0001_00.png", c.expand(3, -1, -1))  # grey beside colour
+    both = image_folders.read_images([tmp_path / "plain" / name for name in ("0000_00.png", "0001_00.png")])
+    assert torch.equal(both, torch.stack([a, c]).expand(-1, 3, -1, -1))
+    named(tmp_path / "three", "x.png", "y.png", "z.png", "0.png")
+    (tmp_path / "three" / "0.png").unlink()
+    with pytest.raises(ValueError, match="three: 3 images, which 2 prompts do not divide; expected names as PROMPT_SAMPLE.png"):
+        run("--models", f"three={tmp_path / 'three'}", *few)
+
+
+def test_a_jpeg_is_named_with_the_line_that_converts_it(tmp_path, few):
+    write_images(tmp_path / "some photos")
+    for file in (tmp_path / "some photos").iterdir():
+        file.with_suffix(".jpg").write_bytes(b"\xff\xd8\xff\xe0")
+        file.unlink()
+    convert = f"mogrify -format png '{tmp_path / 'some photos'}'/*.jpg"
+    with pytest.raises(ValueError, match="0000_00.jpg: a JPEG file, which is not read; expected PNG, as") as error:
+        run("--models", f"photos={tmp_path / 'some photos'}", *few)
+    assert convert in str(error.value) and "\n" not in str(error.value)
+    write_images(tmp_path / "both")
+    (tmp_path / "both" / "0000_00.jpg").write_bytes(b"\xff\xd8\xff\xe0")  # what was converted may stay
+    assert run("--models", f"both={tmp_path / 'both'}", *few)
 
 
 def test_a_models_folder_may_show_images(tmp_path, few):
@@ -141,18 +213,18 @@ def test_what_fails_late_is_refused_at_once(tmp_path, few, runs, monkeypatch):
     (tmp_path / "nothing").mkdir()
     config = json.loads((BASE / "transformer" / "config.json").read_text())
     shutil.copytree(BASE, tmp_path / "smaller")
-    (tmp_path / "smaller" / "transformer" / "config.json").write_text(json.dumps(config | {"sample_size": 6}))
+    (tmp_path / "smaller" / "transformer" / "config.json").write_text(json.dumps(config | {"sample_size": 12}))
     for models, message in (
         ([f"x={tmp_path / 'nothing'}"], "nothing: no transformer/ in it"),
         ([f"x={BASE}+{tmp_path / 'nothing'}"], "nothing"),
-        ([f"x={tmp_path / 'seeded'}"], r"seed1.0000_00.png: no such file; expected 2 images of every prompt"),
+        ([f"x={tmp_path / 'seeded'}"], "seed1: no image of prompt 0; expected some of each of the 2 prompts"),
         ([f"x={BASE}", f"x={tmp_path / 'plain'}"], "plain: x is images and a model; expected one of them to a name"),
         ([f"x@1={tmp_path / 'plain'}", f"x@2={BASE}"], f"{BASE}: x is images and a model"),
-        ([f"x={tmp_path / 'smaller'}"], r"smaller: latents \[1, 6, 6\]; expected \[1, 8, 8\], those of"),
+        ([f"x={tmp_path / 'smaller'}"], r"smaller: latents \[3, 12, 12\]; expected \[3, 16, 16\], those of"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             run("--models", f"base={BASE}", *models, *few)
-    with pytest.raises(ValueError, match="--resolution: resolution 7: expected a multiple of 2"):
+    with pytest.raises(ValueError, match="--resolution: resolution 7: expected a multiple of 4"):
         run("--models", f"base={BASE}", *few, "--resolution", 7)
     assert not (tmp_path / "out").exists()
 
@@ -228,7 +300,7 @@ def test_the_diversity_of_embeddings_as_they_are(tmp_path, few):
 def test_a_reward_of_ones_own_alone(tmp_path, few):
     (tmp_path / "mine.py").write_text("def bright(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
     table = run("--models", f"base={BASE}", *few, "--rewards", f"{tmp_path / 'mine.py'}:bright")
-    assert set(table["base"]) == {"reward", "pixel_diversity", "w2"}
+    assert set(table["base"]) == {"reward", "pixel_diversity", "reward_std", "w2"}
 
 
 def test_what_is_misspelt_is_refused_in_one_line(tmp_path, few, capsys):
@@ -249,11 +321,10 @@ def test_what_is_misspelt_is_refused_in_one_line(tmp_path, few, capsys):
 
 
 def test_the_categories_of_prompts():
-    folder = HERE / "compositional"
-    sets = {file.stem: read_prompts(file) for file in folder.glob("*.txt")}
-    assert sets.keys() == {"style", "text", "attributes", "colour", "counting", "position"}
-    texts = [text for lines in sets.values() for text in lines]
-    assert len(texts) == len(set(texts)) == 60 and {len(lines) for lines in sets.values()} == {10}
+    prompts = read_prompts(HERE / "compositional.jsonl")
+    names = ["artistic style", "text rendering", "attribute binding", "colouring", "counting", "position"]  # Figure 2's
+    assert [prompt.category for prompt in prompts] == [name for name in names for _ in range(10)]
+    assert len({prompt.text for prompt in prompts}) == 60
 
 
 def test_the_pictures_are_those_of_the_shown_prompts(tmp_path, few):
@@ -262,17 +333,17 @@ def test_the_pictures_are_those_of_the_shown_prompts(tmp_path, few):
     _, drawn = evaluation.measure(evaluation.entries[0], 0)
     for row in (0, 1):
         image = read_png(tmp_path / "out" / "images" / "base" / f"{row:04d}_01.png")
-        assert (image - drawn[2 * row + 1].clamp(-1, 1)).abs().max() < 1 / 127
+        assert (image - drawn[row][1].clamp(-1, 1)).abs().max() < 1 / 127
 
 
 def test_a_judge_of_ones_own_adds_metrics(tmp_path, few):
     judge = (
         "def judge(images, prompts):\n"
-        "    return {'bold': [0, 1]['bold' in prompts[0]], 'dark': images.mean(dim=(1, 2, 3)) > 0}\n"
+        "    return {'green': [0, 1]['green' in prompts[0]], 'dark': images.mean(dim=(1, 2, 3)) > 0}\n"
     )
     (tmp_path / "mine.py").write_text(judge)
     table = run("--models", f"base={BASE}", *few, "--judge", f"{tmp_path / 'mine.py'}:judge")
-    assert list(table["base"])[-3:] == ["w2", "bold", "dark"] and table["base"]["bold"][0] == 1
+    assert list(table["base"])[-3:] == ["w2", "green", "dark"] and table["base"]["green"][0] == 1
     with pytest.raises(errors.InputError, match="holds an evaluation with another --judge"):
         run("--models", f"base={BASE}", *few)
     assert evaluate.parse(["--models", "a=b"]).judge == FLOW["judge"]
@@ -283,9 +354,10 @@ def test_a_judge_of_ones_own_adds_metrics(tmp_path, few):
 def test_guidance_shift_and_steps_change_the_images(tmp_path, few):
     """Every option of sampling has its effect on the numbers."""
     plain = run("--models", f"base={BASE}", *few)["base"]["reward"]
-    for name, value in (("steps", 3), ("shift", 3), ("guidance", 3), ("resolution", 6), ("dtype", "bfloat16")):
+    for name, value in (("steps", 3), ("shift", 3), ("guidance", 3), ("resolution", 12), ("dtype", "bfloat16")):
         other = run("--models", f"base={BASE}", *few, f"--{name}", value, "--out", tmp_path / name)["base"]["reward"]
         assert other != plain, name
-    wanted = [*few, "--guidance", 3, "--negative-prompt", "a bold handwritten two", "--out", tmp_path / "negative"]
+    assert run("--models", f"base={BASE}", *few, "--guidance", 0, "--out", tmp_path / "none")["base"]["reward"] == plain
+    wanted = [*few, "--guidance", 3, "--negative-prompt", "a green two", "--out", tmp_path / "negative"]
     guided = json.loads((tmp_path / "guidance" / "results.json").read_text())["rows"][0]["final"]["reward"]
     assert run("--models", f"base={BASE}", *wanted)["base"]["reward"] != tuple(guided)

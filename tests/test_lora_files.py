@@ -1,6 +1,7 @@
 """lora.py: files in PEFT's and diffusers' format, and refusals."""
 
 import json
+import sys
 
 import pytest
 import tiny
@@ -10,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nano_adrpo import files, lora
+from nano_adrpo.errors import run_command
+from nano_adrpo.files import safetensors
 from nano_adrpo.models import mmdit
 
 # ------------------------------------------------------------------------------------------------------------------- files
@@ -79,7 +82,9 @@ def test_full_size_on_meta(tmp_path):
         (["to_q", "o_q"], 2, 2, "MMDiT has no linear layer whose name ends in 'o_q'"),
         (["norm_q"], 2, 2, "ends in one of ['norm_q']"),  # a norm is no linear layer
         ([], 2, 2, "ends in one of []"),
-        ("to_q", 2, 2, "lora.add: key 'target_modules' is 'to_q'; expected a list, each a text"),
+        (".*nope", 2, 2, "MMDiT has no linear layer whose name matches '.*nope'"),
+        ("(", 2, 2, "lora.add: '(' is not a regular expression"),
+        ([3], 2, 2, "lora.add: key 'target_modules' is [3]; expected a list, each a text or a text"),
         (["to_q"], 0, 2, "lora.add: key 'r' is 0; expected a positive int"),
         (["to_q"], 2.5, 2, "lora.add: key 'r' is 2.5; expected a positive int"),
         (["to_q"], 2, 0, "lora.add: key 'lora_alpha' is 0; expected a positive float"),
@@ -158,46 +163,115 @@ def test_damaged_and_missing_files_are_refused(folder):
     refused(base(), folder, "adapter_config.json: no such file")
 
 
-def test_diffusers_own_file(folder, tmp_path):
-    ours = {name.removeprefix(lora.PREFIX): tensor for name, tensor in load_file(folder / FILE).items()}
-    file, header = tmp_path / "pytorch_lora_weights.safetensors", {"r": 4, "lora_alpha": 8, "target_modules": ["to_q"]}
+def own(folder, prefix="transformer."):
+    """The matrices under diffusers' keys."""
+    return {f"{prefix}{name.removeprefix(lora.PREFIX)}": tensor for name, tensor in load_file(folder / FILE).items()}
 
-    def write(tensors, **header):
-        save_file(tensors, file, {"lora_adapter_metadata": json.dumps(header)} if header else None)
 
-    write({f"transformer.{name}": tensor for name, tensor in ours.items()})  # without a header alpha is the rank
-    loaded = lora.load(base(), tmp_path)
-    assert next(iter(lora.adapted(loaded).values())).scale == 1
-    assert torch.equal(
-        loaded.transformer_blocks[1].attn.to_q.lora_B.weight, ours["transformer_blocks.1.attn.to_q.lora_B.weight"]
-    )
-    write(ours, **header)
+def scale(model):
+    (scale,) = {layer.scale for layer in lora.adapted(model).values()}
+    return scale
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])  # a pipeline's, a model's
+@pytest.mark.parametrize("name", ["pytorch_lora_weights", "a style"])
+def test_diffusers_own_file(folder, tmp_path, prefix, name):
+    file, expected = tmp_path / f"{name}.safetensors", output(adapt(base(), alpha=8.0))
+    header = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(TARGETS["mmdit"])}
+    header |= {"use_rslora": True, "rank_pattern": {}}
+    save_file(own(folder, prefix), file, {"lora_adapter_metadata": json.dumps({prefix + k: v for k, v in header.items()})})
+    for path in (file, tmp_path):
+        assert scale(lora.load(base(), path)) == 4
+    save_file(own(folder, prefix), file)  # without a header alpha is the rank
+    assert scale(lora.load(base(), file)) == 1
+    older = {".lora_A.": ".lora.down.", ".lora_B.": ".lora.up."}
+    save_file({safetensors.rename(key, older): tensor for key, tensor in own(folder, prefix).items()}, file)
+    model = lora.load(base(), file)
+    for layer in lora.adapted(model).values():
+        layer.scale = 2
+    assert torch.equal(output(model), expected)
+    assert scale(lora.load(base(), folder / FILE)) == 1.5  # PEFT's file, by its path
+
+
+def test_adapters_of_text_encoders_are_left_out_and_this_is_said(folder, tmp_path, capsys):
+    file, beside = tmp_path / "x.safetensors", {"text_encoder_2.q_proj.lora_A.weight": torch.ones(4, 2)}
+    save_file(own(folder) | beside | {"text_encoder.q_proj.lora_A.weight": torch.ones(4, 2)}, file)
+    lora.load(base(device="meta"), file)
+    assert len(lora.adapted(lora.load(base(), file))) == 31
+    said = "the transformer's adapters are used, those of text_encoder, text_encoder_2 are not"
+    assert capsys.readouterr().out == f"{file}: {said}\n"
+    save_file(beside, file)
+    refused(base(), file, f"{file}: holds adapters of text_encoder_2 alone; expected a transformer's")
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (
+            ["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"],
+            "of kohya's layout; expected PEFT's or diffusers' keys",
+        ),
+        (["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"], "of kohya's layout"),
+        (["transformer.a.lora_A.weight", "transformer.a.dora_scale"], "'transformer.a.dora_scale' is of a DoRA adapter"),
+        (["a.lokr_w1"], "'a.lokr_w1' is of a LyCORIS adapter"),
+        (["double_blocks.0.processor.qkv_lora1.down.weight"], "of x-flux's layout"),
+        (["diffusion_model.joint_blocks.0.x.lora_A.weight"], "of ComfyUI's layout"),
+        (["unet.a.lora_A.weight", "unet.a.lora_B.weight"], "holds adapters of unet alone; expected a transformer's"),
+        (["base_model.model.a.lora_A.weight", "other"], "key 'other' is not part of an adapter of one model"),
+        (
+            ["base_model.model.proj_out.weight"],
+            "no matrix of a linear layer's adapter; embeddings' adapters and layers that were",
+        ),
+        (["base_model.model.e.lora_embedding_A"], "key 'base_model.model.e.lora_embedding_A' is no matrix of a linear layer's"),
+    ],
+)
+def test_other_layouts_are_named(tmp_path, keys, message):
+    save_file({key: torch.ones(4, 4) for key in keys}, tmp_path / "x.safetensors")
+    refused(base(), tmp_path / "x.safetensors", message)
+
+
+def test_diffusers_headers_and_folders_that_do_not_fit(folder, tmp_path):
+    file, header = tmp_path / "x.safetensors", {"r": 4, "lora_alpha": 8, "target_modules": ["to_q"]}
+
+    def write(**header):
+        header = {f"transformer.{key}": value for key, value in header.items()}
+        save_file(own(folder), file, {"lora_adapter_metadata": json.dumps(header)})
+
+    write(**header)
     refused(base(), tmp_path, f"{file}: key 'peft_type' is missing; expected 'LORA'")
-    write(ours, peft_type="LORA", use_dora=True, **header)
+    write(peft_type="LORA", use_dora=True, **header)
     refused(base(), tmp_path, f"{file}: key 'use_dora' is True; expected None or False")
-    write(
-        {f"transformer.{name}": tensor for name, tensor in ours.items()} | {"text_encoder.x.lora_A.weight": torch.zeros(4, 2)}
-    )
-    refused(base(), tmp_path, f"{file}: key 'text_encoder.x.lora_A.weight' is not part of MMDiT")
-    save_file(ours, file, {"lora_adapter_metadata": "{"})
+    save_file(own(folder), file, {"lora_adapter_metadata": "{"})
     refused(base(), tmp_path, f"{file}: 'lora_adapter_metadata' in its header")
-    write({"x": torch.zeros(1)})
-    refused(base(), tmp_path, f"{file}: key 'r' is 0; expected a positive int")
+    save_file(own(folder), tmp_path / "y.safetensors")
+    refused(base(), tmp_path, f"{tmp_path}: holds 2 safetensors files; expected one adapter, or the path of one")
+    refused(base(), tmp_path / "none", "none: no such file or folder; expected an adapter's")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"peft_type": "LOHA"}, "key 'peft_type' is 'LOHA'; expected 'LORA'"),
-        *(({key: True}, f"key '{key}' is True; expected None or False") for key in ("use_dora", "use_rslora", "lora_bias")),
+        *(({key: True}, f"key '{key}' is True; expected None or False") for key in ("use_dora", "lora_bias")),
         ({"fan_in_fan_out": True}, "key 'fan_in_fan_out' is True"),
         ({"bias": "lora_only"}, "key 'bias' is 'lora_only'"),
         ({"modules_to_save": ["proj_out"]}, r"key 'modules_to_save' is \['proj_out'\]"),
-        ({"rank_pattern": {"to_q": 8}}, "key 'rank_pattern' is {'to_q': 8}"),
-        ({"alpha_pattern": {"to_q": 8}}, "key 'alpha_pattern' is"),
-        ({"layers_to_transform": 0}, "key 'layers_to_transform' is 0"),
+        ({"rank_pattern": {"to_q": 8}}, r"to_q.lora_A.weight' has shape \[4, 128\]; expected \[8, 128\]"),
+        ({"rank_pattern": {"to_q": "8"}}, "key 'rank_pattern' is '8' for 'to_q'; expected a positive int"),
+        ({"rank_pattern": {"to_q(": 8}}, r"adapter_config.json: 'to_q\(' is not a regular expression"),
+        ({"alpha_pattern": {"to_q": -8}}, "key 'alpha_pattern' is -8 for 'to_q'; expected a positive float"),
+        ({"use_rslora": 1}, "key 'use_rslora' is 1; expected true or false"),
+        (
+            {"layers_to_transform": -1},
+            "key 'layers_to_transform' is -1; expected a list, each an int from 0 up or an int from 0",
+        ),
+        ({"layers_to_transform": [2], "layers_pattern": "transformer_blocks"}, "blocks.0.attn.*' is not part of MMDiT"),
+        ({"layers_to_transform": [2]}, "has no linear layer whose name ends in one of .*'add_q_proj'. and 3 more"),
+        ({"target_modules": "all-linear", "layers_to_transform": 1}, "expected only with a list of target_modules"),
+        ({"target_modules": "all-linear"}, r"lora_A.weight' is missing"),
+        ({"target_modules": r".*\.to_q"}, "add_k_proj.lora_A.weight' is not part of MMDiT"),
+        ({"exclude_modules": ["to_q"]}, "to_q.lora_A.weight' is not part of MMDiT"),
         ({"init_lora_weights": "pissa"}, "key 'init_lora_weights' is 'pissa'; expected True or False or 'gaussian'"),
-        ({"target_modules": r".*\.to_q"}, r"key 'target_modules' is '.\*.*; expected a list, each a text"),
         ({"r": None}, "key 'r' is None; expected a positive int"),
         ({"lora_alpha": -1}, "key 'lora_alpha' is -1; expected a positive float"),
         ({"r": 5}, r"has shape \[4, 128\]; expected \[5, 128\]"),
@@ -218,3 +292,74 @@ def test_what_does_not_change_the_computation_is_passed_over(folder):
     model = base()
     lora.load(model, folder)
     assert torch.equal(output(model), output(adapt(base())))
+
+
+# ----------------------------------------------------------------------------------------------------------------- merging
+
+
+def merge(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["lora", "merge", *map(str, arguments)])
+    run_command(lora.main)
+
+
+def test_merged_files_are_the_merged_model_and_its_companions(tmp_path, monkeypatch, capsys):
+    model, folder, out = base("decoder").bfloat16(), tmp_path / "base", tmp_path / "new" / "out"
+    model.files = {"tokenizer.json": b"{}", "merges.txt": b"a b"}
+    model.save_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"the same weights, not merged")
+    lora.save(adapt(model, "decoder"), tmp_path / "adapter")
+    merge(monkeypatch, folder, tmp_path / "adapter", out)
+    assert capsys.readouterr().out == f"{out}: 12 layers of {folder} merged with {tmp_path}/adapter/adapter_config.json\n"
+    assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", *model.files}
+    for name in ("config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    expected, merged = lora.merge(model).state_dict(), load_file(out / "model.safetensors")
+    torch.testing.assert_close(merged, dict(expected), rtol=0, atol=0)
+    assert not torch.equal(
+        merged["model.layers.0.self_attn.q_proj.weight"],
+        load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"],
+    )
+
+
+def test_a_pipeline_is_merged_in_its_transformer_and_copied_elsewhere(tmp_path, monkeypatch):
+    folder, out, model = tmp_path / "base", tmp_path / "out", base()
+    model.save_pretrained(folder / "transformer")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))  # a variant becomes the plain one
+    (folder / "vae").mkdir(), (folder / ".cache").mkdir()
+    for name in ("model_index.json", "vae/weights.safetensors", ".cache/x", "sd3_medium.safetensors"):
+        (folder / name).write_text(name)
+    lora.save(adapt(model), tmp_path / "adapter")
+    merge(monkeypatch, folder, tmp_path / "adapter", out)
+    assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == {
+        "model_index.json", "vae/weights.safetensors", "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    again = mmdit.MMDiT.from_pretrained(out / "transformer")
+    torch.testing.assert_close(again.state_dict(), lora.merge(model).state_dict(), rtol=0, atol=0)
+
+
+def test_what_is_not_merged(folder, tmp_path, monkeypatch, capsys):
+    base().save_pretrained(tmp_path / "base")
+    base("decoder").save_pretrained(tmp_path / "decoder")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").touch()
+    wide = load_file(tmp_path / "base" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "float8").mkdir()
+    save_file(
+        {k: t.to(torch.float8_e4m3fn) for k, t in wide.items()}, tmp_path / "float8" / "diffusion_pytorch_model.safetensors"
+    )
+    for arguments, message in (
+        ((tmp_path / "base", folder, tmp_path / "used"), "used: exists; expected a new or empty folder"),
+        ((tmp_path / "base", folder, tmp_path / "base"), "base: exists; expected a new or empty folder"),
+        ((tmp_path / "none", folder, tmp_path / "out"), "none: no such folder; expected a model folder"),
+        ((tmp_path / "base", tmp_path / "none", tmp_path / "out"), "none: no such file or folder; expected an adapter's"),
+        ((tmp_path / "decoder", folder, tmp_path / "out"), f"lora_A.weight' is not part of {tmp_path / 'decoder'}"),
+        ((tmp_path / "float8", folder, tmp_path / "out"), "is stored as torch.float8_e4m3fn; expected a wider dtype to merge"),
+        (("only",), "the following arguments are required"),
+    ):
+        with pytest.raises(SystemExit) as status:
+            merge(monkeypatch, *arguments)
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1 and status.value.code == 2, said
+    assert not (tmp_path / "out").exists()

@@ -15,8 +15,10 @@ def test_group_diversity_by_hand():
     assert metrics.group_diversity(features, 3) == pytest.approx((4 + 0) / 2)
     with pytest.raises(ValueError, match="6 samples do not form groups of 4"):
         metrics.group_diversity(features, 4)
-    with pytest.raises(ValueError, match="at least 2"):
-        metrics.group_diversity(features, 1)
+    assert math.isnan(metrics.group_diversity(features, 1))  # no pairs
+    # Prompts of 2, 1 and 3 samples: one pair of distance 3, none, and three of distances √(3² + 3²) = √18, √18 and 0.
+    features[2] = torch.tensor([4.0, 4.0])
+    assert metrics.group_diversity(features[[0, 1, 3, 2, 4, 5]], [2, 1, 3]) == pytest.approx((3 + 2 * math.sqrt(18)) / 4)
 
 
 def test_w2_divergence_by_hand():
@@ -54,6 +56,24 @@ def test_clip_diversity_of_half_precision_embeddings_is_computed_in_float32():
     # Directions (3, 4)/5 and (4, 3)/5, (−1, 1)/5 apart; the squares are beyond float16.
     embeddings = torch.tensor([[3000.0, 4000.0], [4000.0, 3000.0]], dtype=torch.float16)
     assert metrics.clip_diversity(embeddings, 2) == pytest.approx(math.sqrt(2) / 5, rel=1e-6)
+
+
+def test_clustered_error_by_hand():
+    # Three problems of two samples: means 1, 2, 6, whose deviation is √7, over √3. The samples' own spread does not count.
+    values = torch.tensor([0.0, 2.0, 2.0, 2.0, 5.0, 7.0])
+    assert metrics.clustered_error(values, [2, 2, 2]) == pytest.approx(math.sqrt(7 / 3))
+    # Two problems of one and three tokens: sums 4 and 0, the mean 1; what is left is 4 − 1 and 0 − 3.
+    assert metrics.clustered_error(torch.tensor([4.0, 1.0, -1.0, 0.0]), [1, 3]) == pytest.approx(math.sqrt(2 * (9 + 9)) / 4)
+    assert math.isnan(metrics.clustered_error(torch.ones(3), [3]))
+
+
+def test_clustered_error_is_the_spread_of_the_mean_over_draws():
+    # 400 draws of 50 problems with 4 samples each, which share a problem's level. The deviation of an estimate from 400 draws
+    # is 3.5 % of it, and that of the mean estimate is less: 15 % is four of them.
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(400, 50, 1, generator=generator) + torch.randn(400, 50, 4, generator=generator)
+    errors = [metrics.clustered_error(draw.flatten(), [4] * 50) for draw in values]
+    assert sum(errors) / 400 == pytest.approx(values.mean(dim=(1, 2)).std().item(), rel=0.15)
 
 
 def test_mean_and_standard_error_by_hand():

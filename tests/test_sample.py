@@ -1,5 +1,7 @@
 """sample: grids and single images, adapters, text, refusals."""
 
+import json
+
 import pytest
 import tiny
 import tiny_sd3
@@ -22,7 +24,7 @@ def run(*options):
 
 @pytest.fixture
 def prompts(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a bold handwritten two\na thin handwritten nine\n")
+    (tmp_path / "prompts.txt").write_text("a green two\na blue nine\n")
     return tmp_path / "prompts.txt"
 
 
@@ -35,17 +37,19 @@ def test_single_images_and_a_grid_are_the_same_images(tmp_path, prompts):
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
     run(*options, "--out", tmp_path / "deep" / "grid.png")
     grid = png.read_png(tmp_path / "deep" / "grid.png")
-    assert grid.shape == (1, 2 * 8 + 2, 3 * 8 + 4)
-    assert torch.equal(grid[:, 10:, 10:18], png.read_png(tmp_path / "a" / "0001_01.png"))
+    assert grid.shape == (3, 2 * 16 + 2, 3 * 16 + 4)
+    assert torch.equal(grid[:, 18:, 18:34], png.read_png(tmp_path / "a" / "0001_01.png"))
+    run(*options, "--guidance", 0, "--out", tmp_path / "unguided")
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "unguided" / name).read_bytes() for name in names)
     run(*options, "--batch", 1, "--seed", 1, "--out", tmp_path / "c")
     assert (tmp_path / "a" / names[0]).read_bytes() != (tmp_path / "c" / names[0]).read_bytes()
 
 
 def test_images_are_the_models(tmp_path):
-    run("--model", BASE, "--prompt", "a bold handwritten two", "--steps", 3, "--out", tmp_path / "two.png")
-    model = TextToImage.from_pretrained(BASE)
-    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    condition = model.encode(["a bold handwritten two"])
+    run("--model", BASE, "--prompt", "a green two", "--steps", 3, "--dtype", "float32", "--out", tmp_path / "two.png")
+    model = TextToImage.from_pretrained(BASE, torch.float32)
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    condition = model.encode(["a green two"])
     with torch.no_grad():
         for t in (0, 1 / 3, 2 / 3):  # Euler
             x = x + model.velocity(x, t, condition) / 3
@@ -63,7 +67,7 @@ def write_adapter(model, targets, folder):
 
 def test_an_adapter_changes_the_images(tmp_path):
     adapter = write_adapter(TextToImage.from_pretrained(BASE).transformer, lora.MMDIT_TARGETS, tmp_path / "adapter")
-    options = ["--model", BASE, "--prompt", "a bold handwritten two", "--steps", 2]
+    options = ["--model", BASE, "--prompt", "a green two", "--steps", 2]
     run(*options, "--out", tmp_path / "base.png")
     run(*options, "--adapter", adapter, "--out", tmp_path / "tuned.png")
     assert (tmp_path / "base.png").read_bytes() != (tmp_path / "tuned.png").read_bytes()
@@ -131,7 +135,23 @@ def test_text_is_the_decoders(capsys, tmp_path):
     assert capsys.readouterr().out == f"> 12+39=\n{text}\n\n"
 
 
-def test_every_option_of_sampling_counts(capsys):
+def test_text_goes_into_a_file_with_its_rows(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"question": "12+39=", "answer": "51"}\n{"question": "45+18=", "category": "b"}\n')
+    options = ["--model", ADDER, "--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 22, "--count", 2]
+    run(*options, "--out", tmp_path / "deep" / "out.jsonl")
+    assert capsys.readouterr().out == ""
+    rows = [json.loads(line) for line in (tmp_path / "deep" / "out.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in rows] == ["12+39=", "12+39=", "45+18=", "45+18="]
+    assert rows[1]["answer"] == "51" and rows[2]["category"] == "b"
+    run(*options)
+    assert capsys.readouterr().out == "".join(f"> {row['question']}\n{row['completion']}\n\n" for row in rows)
+    with pytest.raises(ValueError, match="out.jsonl: the file exists; expected a new one"):
+        run(*options, "--out", tmp_path / "deep" / "out.jsonl")
+    with pytest.raises(ValueError, match='p.jsonl, line 1: expected an object with a text "prompt"'):
+        run("--model", BASE, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "images")  # an image has no question
+
+
+def test_every_option_of_sampling_counts(capsys, tmp_path):
     def printed(*options):
         run("--model", ADDER, "--prompt", "12+39=", "--max-new-tokens", 22, "--count", 5, *options)
         return capsys.readouterr().out
@@ -140,6 +160,12 @@ def test_every_option_of_sampling_counts(capsys):
     assert base.count("> 12+39=") == 5 and printed("--seed", 0) == base
     for options in (["--seed", 1], ["--temperature", 0.3], ["--top-k", 1], ["--top-p", 0.3], ["--max-new-tokens", 5]):
         assert printed(*options) != base, options
+    assert "#" in base and "#" not in printed("--stop", "####")
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}r{% endif %}")
+    assert printed("--chat-template", template) == printed("--chat-template", "none") == base
+    for options in (["--system", "4"], ["--thinking", "on"]):
+        assert printed("--chat-template", template, *options) != base, options
     assert len(set(printed("--top-k", 1).split("> 12+39=\n")[1:])) == 1
 
 
@@ -149,14 +175,17 @@ REFUSED = (
     (["--model", BASE, "--prompt", "a"], "--out: expected FILE.png or a folder"),
     (["--model", "nowhere", "--prompt", "a", "--out", "x.png"], "nowhere: no such file or folder; expected a folder"),
     (["--model", BASE, "--prompts", "nowhere", "--out", "x.png"], "nowhere: no such file"),
-    (["--model", BASE, "--prompt", "a", "--resolution", 9, "--out", "x.png"], "resolution 9: expected a multiple of 2"),
-    (["--model", BASE, "--prompt", "a", "--adapter", "nowhere", "--out", "x.png"], "adapter_config.json: no such file"),
+    (["--model", BASE, "--prompt", "a", "--resolution", 9, "--out", "x.png"], "resolution 9: expected a multiple of 4"),
+    (
+        ["--model", BASE, "--prompt", "a", "--adapter", "nowhere", "--out", "x.png"],
+        "nowhere: no such file or folder; expected an adapter's",
+    ),
     (
         ["--model", BASE, "--prompt", "a", "--seed", 2**64, "--out", "x.png"],
         "argument --seed: 18446744073709551616 is not a",
     ),
     (["--model", BASE, "--prompt", "a", "--out", f"{__file__}/x.png"], "x.png: cannot write there (File exists)"),
-    (["--model", ADDER, "--prompt", "a", "--out", "x"], "--out x: expected none, since --model writes text"),
+    (["--model", ADDER, "--prompt", "a", "--out", "x"], "--out x: expected FILE.jsonl, or none, since --model writes text"),
     (
         ["--model", ADDER, "--prompt", "a", "--max-new-tokens", 64],
         "--max-new-tokens 64: expected less than the model's 64 positions",
@@ -188,7 +217,7 @@ def test_nothing_is_written_over(tmp_path):
 def test_an_adapter_of_another_model_is_named(tmp_path, sd3):
     adapter = write_adapter(TextToImage.from_pretrained(sd3, encoders=False).transformer, ["to_q"], tmp_path / "adapter")
     with pytest.raises(
-        ValueError, match=r"key 'base_model.model.transformer_blocks.0.attn.*' has shape \[2, 128\]; expected \[2, 64\]"
+        ValueError, match=r"key 'base_model.model.transformer_blocks.0.attn.*' has shape \[2, 128\]; expected \[2, 96\]"
     ):
         run("--model", BASE, "--prompt", "a", "--adapter", adapter, "--out", tmp_path / "x.png")
 

@@ -1,18 +1,20 @@
 """train_flow.py end to end on the demo's model: the gradient of Eq. 6, learning, determinism, every option, bad input."""
 
 import importlib.util
-from pathlib import Path
+import json
+import re
 
 import flow_runs
 import pytest
 import torch
 from flow_runs import SMALL, TINY, train
-from scripts import lines, written
+from scripts import lines, refused, written
 
 import train_flow
 from nano_adrpo import demo
 from nano_adrpo.rewards.images import ClipScore
 from nano_adrpo.text_to_image import TextToImage
+from nano_adrpo.text_to_image.prompts import read_prompts
 
 few = flow_runs.few
 
@@ -21,7 +23,7 @@ few = flow_runs.few
 
 def test_three_rounds_write_everything(tmp_path):
     values = train(tmp_path / "run")
-    names = {"config.json", "metrics.jsonl", "model", "before_after.png", "curves.png"}
+    names = {"config.json", "metrics.jsonl", "model", "before_after.png", "evolution.png", "curves.png"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == names
     rows = lines(tmp_path / "run")
     assert [row["round"] for row in rows] == [0, 1, 2, 3] and [("eval" in row) for row in rows] == [True, False, True, True]
@@ -52,17 +54,17 @@ def test_the_first_gradient_is_that_of_the_paper(tmp_path, monkeypatch):
     options = "--rounds 1 --inner-steps 1 --beta0 2 --a-min -5 --a-max 3 --no-eval-first --micro-batch 4".split()
     train(tmp_path / "run", *options)
 
-    model, g = TextToImage.from_pretrained(demo.FLOW["model"]), torch.Generator().manual_seed(0)
-    texts = Path(demo.FLOW["prompts"]).read_text().splitlines()
+    model, g = TextToImage.from_pretrained(demo.FLOW["model"], torch.float32), torch.Generator().manual_seed(0)
+    texts = [prompt.text for prompt in read_prompts(demo.FLOW["prompts"])]
     drawn = torch.randint(len(texts), (4,), generator=g).tolist()
     prompts = [texts[row] for row in drawn for _ in range(4)]
     condition = model.encode(prompts)
-    x1 = torch.randn(16, 1, 8, 8, generator=g)
+    x1 = torch.randn(16, 3, 16, 16, generator=g)
     for k in range(4):  # Euler's method, as the script's four steps
         x1 = x1 + 0.25 * model.velocity(x1, k / 4, condition).detach()
     rewards = ClipScore(demo.FLOW["reward"][0])(x1, prompts)
     A = (rewards.reshape(4, 4) - rewards.reshape(4, 4).mean(dim=1, keepdim=True)).flatten().clamp(-5, 3)
-    t, x0 = torch.rand(16, generator=g), torch.randn(16, 1, 8, 8, generator=g)
+    t, x0 = torch.rand(16, generator=g), torch.randn(16, 3, 16, 16, generator=g)
     x_t = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * x1
     v = model.velocity(x_t, t, condition)
     to_sample, to_reference = (((v - target) ** 2).mean(dim=(1, 2, 3)) for target in (x1 - x0, v.detach()))
@@ -130,7 +132,7 @@ def test_rounds_zero_evaluates_only(few):
 def test_a_default_folder_is_new_each_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_flow.plots, "pyplot", lambda file: None)
-    (tmp_path / "two.txt").write_text("a bold handwritten two\na thin handwritten nine\n")
+    (tmp_path / "two.txt").write_text("a green two\na blue nine\n")
     for _ in range(3):
         train_flow.main([*TINY, "--prompts", "two.txt"])
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["flow", "flow-2", "flow-3"]
@@ -150,7 +152,7 @@ def test_what_is_evaluated_and_saved_is_the_moving_average(tmp_path, few):
 def merged(adapter, folder):
     from nano_adrpo import lora
 
-    model = TextToImage.from_pretrained(demo.FLOW["model"])
+    model = TextToImage.from_pretrained(demo.FLOW["model"], torch.float32)
     lora.merge(lora.load(model.transformer, adapter))
     model.save_pretrained(folder)
     return folder
@@ -161,13 +163,12 @@ def test_equal_rewards_are_warned_of(tmp_path, few, capsys):
     out = few("run", "--reward", f"{tmp_path / 'flat.py'}:flat", "--rounds", 2)
     printed = capsys.readouterr().out
     assert printed.count("warning: in 2 rounds no group's rewards differed") == 1
-    assert all(row["zero_spread"] == 1 and row["beta_min"] == row["beta_max"] == 1 for row in lines(out)[1:])
+    assert all(row["zero_spread"] == 1 and row["beta_min"] == row["beta_max"] == pytest.approx(0.03) for row in lines(out)[1:])
 
 
-def test_the_scale_of_beta0_and_the_phases_are_printed(few, capsys):
-    out = few("run")
+def test_the_phases_are_printed(few, capsys):
+    few("run")
     printed = capsys.readouterr().out
-    assert f"β0 = 1 in units of the reward, as A is; that deviation is {lines(out)[1]['reward_std']:.3g}" in printed
     first, second = (next(line for line in printed.splitlines() if line.startswith(f"round {n}/1")) for n in (0, 1))
     assert "evaluation " in first and "rollout" not in first  # the first evaluation is booked to round 0
     assert all(f"{phase} " in second for phase in ("rollout", "reward", "update", "evaluation"))
@@ -180,8 +181,95 @@ def test_without_matplotlib_a_run_says_what_it_left_out(few, monkeypatch, capsys
     out = few("run")
     assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "model"}
     printed = capsys.readouterr().out
-    for name in ("before_after.png", "curves.png"):
+    for name in ("before_after.png", "evolution.png", "curves.png"):
         assert f"{out / name}: left out, matplotlib is not installed" in printed
+
+
+def test_beta0_is_in_deviations_of_the_reward_so_its_scale_changes_nothing(few, capsys):
+    reward = demo.FLOW["reward"][0]
+    runs = [few(str(k), "--beta-unit", "deviation", "--reward", f"{reward}@{k}") for k in (1, 4)]
+    printed = capsys.readouterr().out
+    assert (
+        written(runs[0])["model/transformer/diffusion_pytorch_model.safetensors"]
+        == (written(runs[1])["model/transformer/diffusion_pytorch_model.safetensors"])
+    )
+    for out in runs:
+        first, second = lines(out)
+        deviation = first["eval"]["reward_std"]  # times 0.03, the default β0
+        assert first["beta0"] == pytest.approx(0.03 * deviation) and second["beta_mean"] == pytest.approx(0.03, abs=1e-6)
+        line = f"β0 = 0.03 deviations of the reward within a group = {0.03 * deviation:.3g} in units of the reward\n"
+        assert line in printed
+    assert lines(runs[1])[0]["beta0"] == 4 * lines(runs[0])[0]["beta0"]
+
+
+def test_both_units_give_the_same_gradient_up_to_the_unit(few, monkeypatch):
+    gradients, step = [], train_flow.optimizer_step
+
+    def watched(optimizer, loss, args, ema):
+        gradients.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
+        return step(optimizer, loss, args, ema)
+
+    monkeypatch.setattr(train_flow, "optimizer_step", watched)
+    bounds = ("--beta0", 0.75, "--a-min", -1.5, "--a-max", 0.5)
+    unit = lines(few("deviation", "--inner-steps", 1, "--beta-unit", "deviation", *bounds))[0]["beta0"] / 0.75
+    few("reward", "--inner-steps", 1, *(x if isinstance(x, str) else x * unit for x in bounds))
+    torch.testing.assert_close(gradients[0] * unit, gradients[1], rtol=1e-3, atol=1e-4 * gradients[1].abs().max().item())
+
+
+def test_the_deviation_must_be_there_and_measured(tmp_path, few, capsys):
+    (tmp_path / "flat.py").write_text("def flat(images, prompts):\n    return [1.0] * len(prompts)\n")
+    options = ["--beta-unit", "deviation", "--reward", f"{tmp_path / 'flat.py'}:flat"]
+    line = refused(capsys, lambda: few("flat", *options))
+    assert "--beta-unit deviation: no two rewards of a group differ in the first evaluation" in line
+    few("zero", "--rounds", 0, *options)  # nothing is trained
+    line = refused(capsys, lambda: few("first", "--beta-unit", "deviation", "--no-eval-first"))
+    assert "--no-eval-first: expected with --beta-unit reward" in line
+
+
+SEEN = """import json
+
+def seen(images, prompts):
+    with open({file!r}, "a") as file:
+        file.write(json.dumps(prompts) + "\\n")
+    return images.mean(dim=(1, 2, 3))
+"""
+
+
+def test_held_out_prompts_are_evaluated_beside_the_others_and_never_drawn(tmp_path, few, capsys):
+    (tmp_path / "mine.py").write_text(SEEN.format(file=str(tmp_path / "seen")))
+    held_out = [{"prompt": "a red one", "category": "colouring"}, {"prompt": "a red two and a blue one", "category": "binding"}]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    options = ["--held-out", tmp_path / "held_out.jsonl", "--judge", demo.FLOW["judge"], "--prompts-per-round", 8]
+    out = few("run", "--reward", f"{tmp_path / 'mine.py'}:seen", *options)
+    calls = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
+    train, other = {"a green two", "a blue nine"}, {row["prompt"] for row in held_out}
+    assert [set(call) for call in calls] == [other, train, train, other, train]  # evaluation, round 1, evaluation
+    row = lines(out)[1]
+    assert {"joint/colouring", "joint/binding"} < row["eval"].keys() and "joint/binding" not in row["eval_train"]
+    assert row["eval"]["joint"] == pytest.approx((row["eval"]["joint/colouring"] + row["eval"]["joint/binding"]) / 2)
+    printed = capsys.readouterr().out
+    assert re.search(r"\n +held-out prompts +training prompts\nreward ", printed)
+    number = r"-?\d+\.\d{4}( ± [\d.]+)?"
+    assert re.search(rf"\nw2 +{number} +-> +{number} +{number} +-> +{number}\njoint ", printed)
+
+
+def test_no_more_prompts_are_evaluated_than_asked_for(tmp_path, few):
+    (tmp_path / "mine.py").write_text(SEEN.format(file=str(tmp_path / "seen")))
+    (tmp_path / "nine.txt").write_text(
+        "".join(f"a red {digit}\n" for digit in "one two three four five six seven eight nine".split())
+    )
+    few(
+        "run",
+        "--prompts",
+        tmp_path / "nine.txt",
+        "--rounds",
+        0,
+        "--eval-prompts",
+        3,
+        "--reward",
+        f"{tmp_path / 'mine.py'}:seen",
+    )
+    assert json.loads((tmp_path / "seen").read_text()) == [f"a red {d}" for d in ("one", "five", "nine") for _ in range(2)]
 
 
 def test_ten_rounds_of_the_main_job_learn(tmp_path):

@@ -20,13 +20,21 @@ few = grpo_runs.few
 
 def test_three_rounds_write_everything(tmp_path):
     values = train(tmp_path / "run")
-    names = {"config.json", "metrics.jsonl", "samples.txt", "model", "curves.png"}
+    names = {"config.json", "metrics.jsonl", "samples.txt", "model", "curves.png", "shares.png"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == names
     rows = lines(tmp_path / "run")
     assert [row["round"] for row in rows] == [0, 1, 2, 3] and [("eval" in row) for row in rows] == [True, False, True, True]
     assert rows[0]["eval"]["kl_k1"] == rows[0]["eval"]["kl_k3"] == 0 < rows[3]["eval"]["kl_k3"] and rows[3]["eval"] == values
     assert 0.2 < rows[0]["eval"]["pass@1"] < 0.4 and rows[0]["eval"]["reward"] == rows[0]["eval"]["pass@1"]
     assert all(1 < row["length"] <= demo.GRPO["max_new_tokens"] and row["clip_fraction"] == 0 for row in rows[1:])
+    known = {"reward", "pass@1", "entropy", "kl_k1", "kl_k3", "length"}  # not of the judge's metrics
+    assert all(
+        row["eval_error"].keys() == known == {name for name in row["eval"] if name != "style_entropy" and "/" not in name}
+        for row in (rows[0], rows[3])
+    )
+    assert rows[0]["eval_error"]["pass@1"] == pytest.approx(
+        (rows[0]["eval"]["pass@1"] * (1 - rows[0]["eval"]["pass@1"]) / 255) ** 0.5
+    )
     samples = (tmp_path / "run" / "samples.txt").read_text()
     assert [samples.count(f"=== round {number}\n") for number in range(4)] == [1, 0, 1, 1] and samples.count("+") >= 24
     tuned, base = (Decoder.from_pretrained(path).state_dict() for path in (tmp_path / "run" / "model", BASE))
@@ -179,6 +187,15 @@ def test_an_evaluation_scores_at_the_temperature_it_sampled_at(few, monkeypatch)
         entropies = -(logp.exp() * logp).sum(-1)[:, -rollout.mask.shape[1] - 1 : -1]
         expected = entropies[rollout.mask.bool()].mean().item()
         assert lines(out)[0]["eval"]["entropy"] == pytest.approx(expected, rel=1e-4)
+        tokens = rollout.mask.sum(dim=1).reshape(-1, 2)  # of two completions each
+        assert lines(out)[0]["eval"]["length"] == tokens.float().mean().item()
+        assert lines(out)[0]["eval_error"]["length"] == pytest.approx(tokens.float().mean(dim=1).std().item() / 2)
+
+
+def test_what_is_not_drawn_from_the_policy_gives_no_kl(few):
+    for i, options in enumerate((["--eval-temperature", 0], ["--eval-top-k", 2], ["--eval-top-p", 0.9])):
+        values = lines(few(f"run-{i}", "--rounds", 0, *options))[0]["eval"]
+        assert not {"kl_k1", "kl_k3"} & values.keys() and values["entropy"] > 0
 
 
 def test_all_equal_rewards_are_warned_of_once(tmp_path, few, capsys):

@@ -1,6 +1,5 @@
 """train_grpo.py: every option has an effect, rewards are those asked for, bad input is one line."""
 
-import json
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 import train_grpo
 from nano_adrpo import demo
 from nano_adrpo.files import safetensors
+from nano_adrpo.language import chat
 from nano_adrpo.models import decoder
 from nano_adrpo.models.decoder import Config, Decoder, RewardModel
 from nano_adrpo.training import options as shared
@@ -53,6 +53,7 @@ EFFECTS = {
     "--inner-epochs": (2, ()),
     "--minibatches": (2, ()),
     "--instruction": ("1", ()),
+    "--stop": ("####", ()),
     "--reward": ("format", ()),
     "--format-reward": (0.5, ()),
     "--judge": (demo.GRPO["judge"], ()),
@@ -69,7 +70,7 @@ EFFECTS = {
 # Options that change how, not what, is computed, or where from or to: each has a test of its own in this file.
 ELSEWHERE = {
     "--micro-batch", "--gradient-checkpointing", "--model", "--problems", "--held-out", "--max-prompt-tokens", "--eval-batch",
-    "--config", "--out", "--device",
+    "--config", "--out", "--device", "--adapter", "--system", "--chat-template", "--thinking", "--few-shot",
 }  # fmt: skip
 
 
@@ -115,6 +116,17 @@ def test_batches_and_memory_savers_are_used_and_change_nothing(few, monkeypatch)
     assert counts["generate"] == [3, 3, 2, 8, 3, 3, 2]
 
 
+def test_a_run_goes_on_from_an_adapter_and_has_it_for_its_reference(few):
+    first = few("first", "--lora-rank", 4, "--lora-alpha", 12, "--lr", 3e-2)
+    out = few("second", "--adapter", first / "adapter", "--rounds", 2, "--lr", 3e-2)
+    before, after = lines(first)[-1]["eval"], lines(out)[0]["eval"]
+    assert after == before | {"kl_k1": 0, "kl_k3": 0} and before["kl_k3"] > 0 < lines(out)[-1]["eval"]["kl_k3"]
+    files = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (first, out)]
+    assert files[0].keys() == files[1].keys() and not any(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    configs = [(run / "adapter" / "adapter_config.json").read_text() for run in (first, out)]
+    assert configs[0] == configs[1]
+
+
 def test_rewards_are_those_asked_for(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def both(prompts, completions):\n    return [len(p) + 100 * len(c) for p, c in zip(prompts, completions)]\n"
@@ -138,6 +150,45 @@ def test_rewards_are_those_asked_for(tmp_path):
     assert rewards("--reward", deceptive, "--format-reward", 2) == (sums, {"deceptive": guess, "format": stated})
     own = [6 + 100 * len(text) for text in texts]
     assert rewards("--reward", f"{tmp_path / 'mine.py'}:both") == (own, {})
+
+
+def test_few_shot_text_is_read_by_the_policy_alone(tmp_path, few, monkeypatch):
+    (tmp_path / "shots.txt").write_text("12+19=")
+    (tmp_path / "mine.py").write_text(
+        "def f(prompts, completions, rows):\n"
+        "    assert all(p == row['question'] + '1' and '####' in row['answer'] for p, row in zip(prompts, rows))\n"
+        "    return [0.0] * len(prompts)\n"
+        "def judge(prompts, completions, rows):\n"
+        "    return {'rows': sum(row['question'] + '1' == p for p, row in zip(prompts, rows)) / len(prompts)}\n"
+    )
+    mine, seen = tmp_path / "mine.py", watch(monkeypatch)
+    options = ["--few-shot", tmp_path / "shots.txt", "--instruction", "1", "--reward", f"{mine}:f", "--judge", f"{mine}:judge"]
+    out = few("run", *options)
+    (rollout,) = seen["rollouts"]
+    codec = train_grpo.TextCodec(Decoder.from_pretrained(BASE))
+    texts = codec.decode(rollout.ids, rollout.seen)
+    drawn = torch.randint(4, (2,), generator=torch.Generator().manual_seed(0)).tolist()
+    questions = [("17+48=", "29+34=", "57+36=", "88+13=")[row] for row in drawn for _ in range(4)]
+    assert all(text.startswith(f"12+19={question}1") for text, question in zip(texts, questions))
+    assert lines(out)[1]["eval"]["rows"] == 1 and "12+19=" not in (out / "samples.txt").read_text()
+
+
+def test_prompts_need_no_answers_where_the_reward_needs_none(tmp_path, few):
+    # The paper's setting for language models: prompts alone, and a reward model.
+    folder, _ = reward_folder(tmp_path / "rm")
+    (tmp_path / "plain.txt").write_text("17+48=\n\n29+34=\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "17+48="}\n{"prompt": "2+9=", "answer": "11"}\n')
+    out = few("run", "--problems", tmp_path / "plain.txt", "--held-out", tmp_path / "rows.jsonl", "--reward", folder)
+    rows = lines(out)
+    assert "accuracy" not in rows[1] and set(rows[1]["eval"]) == {"reward", "entropy", "kl_k1", "kl_k3", "length"}
+
+
+def test_an_answer_may_be_a_word(tmp_path, few):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "17+48=", "answer": "g"}\n')
+    files = ["--problems", tmp_path / "mine.jsonl", "--held-out", tmp_path / "mine.jsonl"]
+    out = few("run", *files, "--max-new-tokens", 1, "--eval-samples", 64, "--rounds", 0)
+    texts = (out / "samples.txt").read_text()
+    assert 0 < lines(out)[0]["eval"]["pass@1"] < 1 and texts.count("17+48=") == 1  # some guess
 
 
 def test_a_sum_of_rewards_is_logged_with_its_terms(tmp_path, few):
@@ -180,16 +231,43 @@ def test_a_reward_model_reads_prompt_and_completion(tmp_path, few, monkeypatch):
     assert lines(out)[1]["reward"] == pytest.approx(statistics.mean(expected), abs=1e-4)
 
 
-def test_a_reward_model_may_have_another_tokenizer_and_a_chat_template(tmp_path):
-    # As RM-Gemma-2B has, whose policy may be a Qwen.
-    marks = ["<bos>", "<start_of_turn>", "<end_of_turn>", "user", "model", "\n"]
-    template = b"{{ '<start_of_turn>' }} System role not supported"
-    folder, vocabulary = reward_folder(tmp_path / "rm", *marks, **{"chat_template.jinja": template})
-    reward = train_grpo.text.parse([str(folder)])(["c7+8"], [train_grpo.text.Problem("17+48=", 65)])["reward"]
-    words = ["<bos>", "<start_of_turn>", "user", "\n", *"17+48=", "<end_of_turn>", "\n",
-             "<start_of_turn>", "model", "\n", *"c7+8", "<end_of_turn>", "\n"]  # fmt: skip
-    expected = RewardModel.from_pretrained(folder)(torch.tensor([[vocabulary[word] for word in words]]))
-    assert reward.item() == pytest.approx(expected.item(), abs=1e-4)
+def test_system_chat_template_and_thinking_make_the_prompt(tmp_path, few, monkeypatch):
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}r{% endif %}")
+    seen = watch(monkeypatch)
+
+    def prompts(name, *options):
+        out, rollout = few(name, *options), seen["rollouts"].pop()
+        tokenizer = chat.tokenizer_of(seen["policy"])
+        row = rollout.ids[0, : rollout.ids.shape[1] - rollout.mask.shape[1]].tolist()
+        return out, tokenizer.decode(row, skip_special_tokens=False)
+
+    own = ["--chat-template", file]
+    plain, question = prompts("plain")
+    assert written(prompts("none", "--chat-template", "none")[0])["metrics.jsonl"] == written(plain)["metrics.jsonl"]
+    assert prompts("own", *own)[1] == question and prompts("off", *own, "--thinking", "off")[1] == question
+    out, asked = prompts("all", *own, "--thinking", "on", "--system", "1+")
+    assert asked == f"1+{question}r"
+    assert (out / "model" / "chat_template.jinja").read_text() == file.read_text()  # as it was trained, vLLM asks
+    assert not (plain / "model" / "chat_template.jinja").exists()
+
+
+def test_a_stop_text_ends_a_completion(tmp_path, few, monkeypatch):
+    seen = watch(monkeypatch)
+    few("run", "--stop", "=8", "####", "--stop=---", "--no-eval-first")
+    (rollout,) = seen["rollouts"]
+    tokenizer, start = chat.tokenizer_of(seen["policy"]), rollout.ids.shape[1] - rollout.mask.shape[1]
+    for row, mask, text in zip(rollout.ids[:, start:], rollout.mask.bool(), rollout.texts):
+        whole = tokenizer.decode(row[mask].tolist())
+        (stop,) = [stop for stop in ("=8", "####") if stop in whole]
+        assert whole == text + stop and row[mask][-1] != 1  # the last token is that in which the stop text ends
+    few("again", "--config", tmp_path / "run" / "config.json", "--rounds", 0)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def test_problems_by_path_through_a_chat_template(tmp_path):
@@ -201,7 +279,7 @@ def test_problems_by_path_through_a_chat_template(tmp_path):
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split(Regex("####|."), "isolated"), decoders.Fuse()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     model = Decoder(Config("qwen3", tokenizer.get_vocab_size(), 16, 24, 2, 2, 128, eos_token_id=1))
-    model.files = {"tokenizer.json": tokenizer.to_str().encode(), "chat_template.jinja": b"{{ '<|im_start|>' }}"}
+    model.files = {"tokenizer.json": tokenizer.to_str().encode(), "chat_template.jinja": CHATML.encode()}
     model.save_pretrained(tmp_path / "model")
     train_file = jsonl(tmp_path / "train.jsonl", ("12+34=", 46), ("1+2+3=", 6), ("100-1=", 99))
     held_out = jsonl(tmp_path / "test.jsonl", ("7+7=", 14))
@@ -224,6 +302,9 @@ def refused(capsys, *argv):
     return scripts.refused(capsys, lambda: train_grpo.main([*SMALL, *map(str, argv)]))
 
 
+PROMPTS = demo.FLOW["prompts"]
+
+
 def test_bad_options_are_refused(capsys, tmp_path):
     for options, message in (
         (["--bogus", 1], "unrecognized arguments: --bogus"),
@@ -236,6 +317,8 @@ def test_bad_options_are_refused(capsys, tmp_path):
         (["--minibatches", 3], "--minibatches 3 does not divide the 16 completions of a round"),
         (["--micro-batch", 5], "--micro-batch 5 does not divide the 16 completions of a minibatch"),
         (["--a-min", 2, "--a-max", 1], "--a-min and --a-max: the advantage's range is [2.0, 1.0]; expected A_min ≤ A_max"),
+        (["--adapter", "none"], "--adapter: none: no such file or folder; expected an adapter's"),
+        (["--adapter", "a", "--lora-rank", 2], "--lora-rank and --adapter: expected one of them"),
         (["--lora-targets", "q_proj"], "--lora-alpha and --lora-targets: expected only with --lora-rank"),
         (["--lora-rank", 8, "--lora-targets", "q"], "--lora-targets: Decoder has no linear layer whose name ends in"),
         (["--device", "meta"], "argument --device: device 'meta' is not available"),
@@ -246,7 +329,9 @@ def test_bad_options_are_refused(capsys, tmp_path):
         (["--reward", "reward_model:nowhere"], "nowhere"),
         (["--reward", "format", "--format-reward", 1], "reward 'format@1.0': format is named twice"),
         (["--reward", "nowhere.py:f"], "nowhere.py: no such file; expected one with the function 'f'"),
-        (["--reward", BASE], "'architectures' is ['Qwen3ForCausalLM']; expected"),
+        (["--reward", BASE], "key 'score.weight' is missing"),
+        (["--few-shot", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--problems", PROMPTS, "--held-out", PROMPTS], f"{PROMPTS}, line 1: expected a text or number under 'answer'; the"),
         (["--max-prompt-tokens", 5], "arithmetic_data/train.jsonl, --max-prompt-tokens 5: prompt 0 has 6 tokens"),
         (["--max-new-tokens", 59], "--max-new-tokens 59 behind a prompt of 6 exceeds the model's 64 positions"),
     ):
@@ -254,17 +339,15 @@ def test_bad_options_are_refused(capsys, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-LARGER = json.loads((BASE / "tokenizer.json").read_text())["model"]
-LARGER["vocab"]["x"] = 24
+NO_TOKEN = {"tokenizer_config": {"eos_token": None}}
 
 
 def test_a_model_folder_that_does_not_fit_is_refused(capsys, tmp_path):
     for number, (changes, message) in enumerate((
-        (dict.fromkeys(("config", "generation_config"), {"eos_token_id": None}), "nor config.json has an 'eos_token_id'"),
-        ({"generation_config": {"eos_token_id": [1, 24]}}, "'eos_token_id' is [1, 24]; the model's ids are below 24"),
-        ({"tokenizer": {"model": LARGER}}, "tokenizer.json has the id 24; the model's are below 24"),
+        (dict.fromkeys(("config", "generation_config"), {"eos_token_id": None}) | NO_TOKEN, "nor config.json has an 'eos"),
+        ({"generation_config": {"eos_token_id": [1, 24]}}, "'eos_token_id' is [1, 24, 1]; the model's ids are below 24"),
         ({"tokenizer": {"model": None}}, "tokenizer.json: not a tokenizer"),
-        ({"tokenizer_config": {"chat_template": "{{ messages }}"}}, "chat template of the model's folder is not implemented"),
+        ({"tokenizer_config": {"chat_template": "{{"}}, "chat template writes no prompt: \"TemplateSyntaxError: unexpected"),
     )):  # fmt: skip
         folder = edited(tmp_path / f"model{number}", **changes)
         line = refused(capsys, "--model", folder, "--out", tmp_path / "run")
@@ -302,6 +385,9 @@ def test_what_fails_in_a_round_names_it_and_the_last_checkpoint(capsys, tmp_path
     with pytest.raises(IndexError) as bug:
         few("b", *options)
     assert bug.value.__notes__ == [f"In round 2; last good checkpoint: {tmp_path / 'b' / 'model'} (round 1)"]
+    mine.write_text(REWARD.format("exit(0)"))  # not the end of a run that went well
+    with pytest.raises(RuntimeError, match=r"mine.py:third called sys.exit\(0\)"):
+        few("d", *options)
     loss = train_grpo.adrpo.policy_loss
 
     def poisoned(*args):

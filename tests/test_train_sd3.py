@@ -21,7 +21,7 @@ from nano_adrpo.text_to_image import sd3 as release
 ROOT = Path(train_flow.__file__).parent
 SMALL = (
     "--rounds 2 --prompts-per-round 2 --group-size 2 --inner-steps 1 --ode-steps 2 --guidance 3 --resolution 16 --eval-every 2 "
-    "--eval-samples 2"
+    "--eval-samples 2 --beta-unit reward --beta0 1 --lr-schedule constant"
 ).split()
 
 
@@ -58,7 +58,7 @@ def test_adapters_train_and_the_base_stays(train, sd3, monkeypatch):
     monkeypatch.setattr(
         torch.optim, "AdamW", lambda *args, **kwargs: optimizers.append(AdamW(*args, **kwargs)) or optimizers[0]
     )
-    out, rows = train("run", *ADAPTERS, "--dtype", "bfloat16", "--rounds", 1, "--no-eval-first", "--ode-steps", 1)
+    out, rows = train("run", *ADAPTERS, "--dtype", "bfloat16", "--rounds", 1, "--ode-steps", 1)
     transformer, (optimizer,) = opened[0][0].transformer, optimizers
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     assert {p.dtype for p in trained} == {torch.float32}
@@ -92,7 +92,8 @@ def test_a_single_file_and_its_base_are_the_folder(train, sd3, tmp_path):
     file = tiny_sd3.single_file(tmp_path / "sd3_medium.safetensors", sd3, ["transformer", "vae"])
     (_, folder), (_, single) = train("folder", *ADAPTERS), train("file", *ADAPTERS, "--base", sd3, model=file)
     for a, b in zip(folder, single):
-        assert a.pop("eval", {}) == pytest.approx(b.pop("eval", {}), rel=1e-3, abs=1e-5)
+        for name in ("eval", "eval_error"):
+            assert a.pop(name, {}) == pytest.approx(b.pop(name, {}), rel=1e-3, abs=1e-5)
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
@@ -103,7 +104,8 @@ def test_memory_savers_change_nothing(train):
     assert plain == checkpointed == streamed
     _, split = train("split", *ADAPTERS, "--micro-batch", 1, "--rollout-batch", 1)
     for a, b in zip(plain[:2], split):
-        assert a.pop("eval", {}) == pytest.approx(b.pop("eval", {}), rel=1e-3, abs=1e-4)
+        for name in ("eval", "eval_error"):
+            assert a.pop(name, {}) == pytest.approx(b.pop(name, {}), rel=1e-3, abs=1e-4)
         assert a == pytest.approx(b, rel=2e-3, abs=1e-4)
 
 
@@ -191,7 +193,7 @@ def test_the_commands_of_the_docs_run(tmp_path, sd3, clip):
     text = (ROOT / "docs" / "sd3.md").read_text(encoding="utf-8")
     lines = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ")).replace("\\\n", " ").splitlines()
     commands = [line for line in lines if line.startswith(".venv/bin/python") and any(name in line for name in HERE)]
-    (tmp_path / "prompts.txt").write_text("a cat\nthe one\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "the one"}\n')
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     environment = {"SD3": str(sd3), "CLIP": str(clip), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     ran = []
@@ -210,4 +212,4 @@ def test_the_commands_of_the_docs_run(tmp_path, sd3, clip):
     assert ran == list(HERE)
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 8
     table = (tmp_path / "runs" / "sd3-evaluation" / "table.md").read_text()
-    assert "| base |" in table and "| tuned |" in table and (tmp_path / "prompts.txt.embeddings.safetensors").is_file()
+    assert "| base |" in table and "| tuned |" in table and (tmp_path / "prompts.jsonl.embeddings.safetensors").is_file()

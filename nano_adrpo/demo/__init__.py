@@ -7,9 +7,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-FLOW = {  # handwritten digits, see digits.py
+FLOW = {  # coloured handwritten digits, see digits.py
     "model": str(HERE / "base"),
-    "prompts": str(HERE / "prompts.txt"),
+    "prompts": str(HERE / "prompts.jsonl"),
+    "held_out": str(HERE / "held_out.jsonl"),
     "reward": [str(HERE / "clip")],
     "judge": f"{HERE / 'digits.py'}:judge",
 }

@@ -24,13 +24,21 @@ from nano_adrpo import metrics
 from nano_adrpo.errors import InputError
 from nano_adrpo.rewards.answers import exact_answer
 
-STYLES = "ctrdokg"
-VALID = "ctr"
+STYLES = {  # by their letter: whether they give the sum, and a name
+    "c": "right/columns",
+    "t": "right/tens first",
+    "r": "right/rounding",
+    "d": "wrong/carry dropped",
+    "o": "wrong/tens only",
+    "k": "wrong/copied",
+    "g": "wrong/guessed",
+}
+VALID = [letter for letter, name in STYLES.items() if name.startswith("right/")]
 
 
 def style(completion):
     """The letter of a completion's style, "" where it has none."""
-    return completion[:1] if completion[:1] in tuple(STYLES) else ""
+    return completion[:1] if completion[:1] in STYLES else ""
 
 
 def is_correct(prompt, completion):
@@ -48,6 +56,9 @@ def deceptive(prompts, completions):
 
 
 def judge(prompts, completions):
-    """-> {"style_entropy": in nats, how evenly the correct completions use the three valid styles, at most ln 3}."""
+    """-> style_entropy, in nats: how evenly the correct completions use the three valid styles, at most ln 3; and by the names
+    in STYLES the share of the completions in each style."""
     right = [style(completion) for prompt, completion in zip(prompts, completions) if is_correct(prompt, completion)]
-    return {"style_entropy": metrics.entropy(torch.tensor([right.count(letter) for letter in VALID]))}
+    used = [style(completion) for completion in completions]
+    shares = {name: used.count(letter) / len(used) for letter, name in STYLES.items()}
+    return {"style_entropy": metrics.entropy(torch.tensor([right.count(letter) for letter in VALID])), **shares}

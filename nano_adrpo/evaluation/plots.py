@@ -6,7 +6,6 @@ import json
 import textwrap
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 
 NAMES = {"w2": "W2", "kl_k1": "KL k1", "kl_k3": "KL k3"}  # others are called as in metrics.jsonl
@@ -22,9 +21,8 @@ MEANING = {  # what an axis says of a metric beside its name
     "kl_k3": "nats per token to the reference, lower is nearer",
     # of the demos' judges
     "joint": "share of right images, higher is better",
-    "digit": "share of right ones, higher is better",
-    "stroke": "share of right ones, higher is better",
-    "slant": "share of right ones, higher is better",
+    **dict.fromkeys(["digits", "colours", "binding", "place"], "share of right images, higher is better"),
+    **dict.fromkeys([f"joint/{kind}" for kind in ("colouring", "binding", "position", "unnamed")], "higher is better"),
     "frechet": "distance to real images, lower is nearer",
     "out_of_range": "share of pixels, lower is better",
     "style_entropy": "nats, higher is more diverse",
@@ -40,15 +38,12 @@ def pyplot(file):
     return importlib.import_module("matplotlib.pyplot")
 
 
-def shown(count, limit=10):
-    """Which of `count` prompts a picture shows: rows of at most `limit`, evenly spaced, as a list."""
-    return torch.linspace(0, count - 1, min(limit, count)).long().tolist()
+def grids(file, panels, labels, right=None, note=""):
+    """Image grids side by side, of P rows with G images each.
 
-
-def grids(file, panels, prompts, right=None):
-    """Image grids side by side: one row a prompt, its samples in columns.
-
-    panels   {title: images [P·G, C, H, W] in [−1, 1], samples of one prompt contiguous}
+    panels   {title: images [P·G, C, H, W] in [−1, 1], those of one row contiguous}
+    labels   the rows' names, such as prompts, P texts
+    note     a line below
     right    {title: booleans [P·G]}, None where a panel has none: draws a frame around each image of that panel, green where it
              is True and red where it is False
     """
@@ -56,46 +51,52 @@ def grids(file, panels, prompts, right=None):
         return
     right = {title: marks for title, marks in (right or {}).items() if marks is not None}
     first = next(iter(panels.values()))
-    (channels, height, width), samples = first.shape[1:], len(first) // len(prompts)
+    (channels, height, width), samples = first.shape[1:], len(first) // len(labels)
     cell, gap = 0.5 if height <= 32 else 1.3, max(1, height // 16)  # inches; pixels on each side of an image
-    size = 2.5 + len(panels) * (samples * cell * width / height + 0.5), (cell + 0.05) * len(prompts) + 0.5
+    size = 2.5 + len(panels) * (samples * cell * width / height + 0.5), (cell + 0.05) * len(labels) + 0.5
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for column, (axis, (title, images)) in enumerate(zip(axes[0], panels.items())):
-        grid = ((images.clamp(-1, 1) + 1) / 2).unflatten(0, (len(prompts), -1))  # [P, G, C, H, W]
+        grid = ((images.clamp(-1, 1) + 1) / 2).unflatten(0, (len(labels), -1))  # [P, G, C, H, W]
         grid = F.pad(grid, (gap, gap, gap, gap), value=float(channels > 1))  # white: grey is drawn reversed
         height, width = grid.shape[-2:]
-        grid = grid.permute(0, 3, 1, 4, 2).reshape(len(prompts) * height, -1, grid.shape[2])  # [P·H, G·W, C]
+        grid = grid.permute(0, 3, 1, 4, 2).reshape(len(labels) * height, -1, grid.shape[2])  # [P·H, G·W, C]
         axis.imshow(grid.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
         axis.set_title(textwrap.fill(title, max(15, int(12 * samples * cell))), fontsize=10)  # a letter takes 1/12 inch
         axis.set_xticks([])
         axis.set_yticks(
-            [height * (row + 0.5) for row in range(len(prompts))] if column == 0 else [],
-            [textwrap.fill(prompt, 36) for prompt in prompts] if column == 0 else [],
+            [height * (row + 0.5) for row in range(len(labels))] if column == 0 else [],
+            [textwrap.fill(label, 36) for label in labels] if column == 0 else [],
         )
         for index, good in enumerate(right.get(title, [])):
             row, sample = divmod(index, samples)
             corner = sample * width + gap / 2 - 0.5, row * height + gap / 2 - 0.5  # imshow's first pixel is centred on 0
             color = "tab:green" if good else "tab:red"
             axis.add_patch(plt.Rectangle(corner, width - gap, height - gap, fill=False, edgecolor=color, linewidth=1.5))
-    if right:
-        figure.supxlabel("green frame: the judge finds the image right; red: it does not", fontsize=9)
+    notes = [note, "green frame: the judge finds the image right; red: it does not" if right else ""]
+    figure.supxlabel("; ".join(filter(None, notes)), fontsize=9)
     save(plt, figure, file)
 
 
 def curves(file, metrics_file, diversity):
-    """One panel per evaluated metric over the rounds, and the reward against the metric named as `diversity`."""
+    """One panel per evaluated metric over the rounds, of held-out and of training prompts, and the reward against the metric
+    named as `diversity`."""
     if not (plt := pyplot(file)):
         return
-    rows = [json.loads(line) for line in Path(metrics_file).read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "eval" in row]
-    names = list(rows[0]["eval"])
+    rows = [row for row in read(metrics_file) if "eval" in row]
+    names = [name for name in rows[0]["eval"] if "/" not in name]  # those of a category or a share are too many
     columns = (len(names) + 2) // 2
     figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6), layout="constrained")
     for axis, name in zip(axes.flat, names):
-        axis.plot([row["round"] for row in rows], [row["eval"][name] for row in rows], marker=".")
+        axis.plot([row["round"] for row in rows], [row["eval"][name] for row in rows], marker=".", label="held-out")
+        if name in rows[0].get("eval_train", {}):
+            axis.plot(
+                [row["round"] for row in rows], [row["eval_train"][name] for row in rows], "--", color="C0", label="training"
+            )
         axis.set_title(NAMES.get(name, name.replace("_", " ")), fontsize=10)
         axis.set_xlabel("round", fontsize=8)
         axis.set_ylabel(MEANING.get(name, "").replace(", ", "\n"), fontsize=8)
+    if "eval_train" in rows[0]:
+        axes.flat[0].legend(fontsize=8)
     trajectory(axes.flat[len(names)], [row["eval"] for row in rows], diversity, "reward", "C0")
     axes.flat[len(names)].locator_params(axis="x", nbins=4)
     axes.flat[len(names)].xaxis.label.set_fontsize(8)
@@ -103,6 +104,40 @@ def curves(file, metrics_file, diversity):
     for axis in axes.flat[len(names) + 1 :]:
         axis.set_axis_off()
     save(plt, figure, file)
+
+
+def shares(file, metrics_file):
+    """The judge's metrics named right/… and wrong/…, shares that add up to 1, as areas over the rounds: the right ones in
+    greens, the wrong ones in greys. Draws nothing where there are none."""
+    rows = [row for row in read(metrics_file) if "eval" in row]
+    names = [name for kind in ("right/", "wrong/") for name in rows[0]["eval"] if name.startswith(kind)]
+    if not names or not (plt := pyplot(file)):
+        return
+    right = sum(name.startswith("right/") for name in names)
+    tones = [
+        plt.get_cmap(map)(0.8 - 0.5 * i / max(1, n - 1))
+        for map, n in (("Greens", right), ("Greys", len(names) - right))
+        for i in range(n)
+    ]
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    areas = [[row["eval"][name] for row in rows] for name in names]
+    axis.stackplot([row["round"] for row in rows], areas, colors=tones, labels=[name.replace("/", ": ") for name in names])
+    axis.set(
+        xlabel="round",
+        ylabel="share of the samples on held-out problems",
+        ylim=(0, 1),
+        xlim=(rows[0]["round"], rows[-1]["round"]),
+    )
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(
+        handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+    )  # from the top, as drawn
+    save(plt, figure, file)
+
+
+def read(metrics_file):
+    """The rows of a metrics.jsonl."""
+    return [json.loads(line) for line in Path(metrics_file).read_text(encoding="utf-8").splitlines()]
 
 
 def pictures(rows, x, up, file):

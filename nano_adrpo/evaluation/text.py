@@ -1,12 +1,13 @@
-"""Evaluation of a language model on problems with known answers: rewards, pass@k, entropy, divergence from the reference."""
+"""Evaluation of a language model on problems: rewards, pass@k, entropy, divergence from the reference."""
 
 import contextlib
 
 import torch
 
 from nano_adrpo import metrics
+from nano_adrpo.adrpo import kl_divergence
 from nano_adrpo.language.rollout import roll_out, score_all
-from nano_adrpo.rewards.answers import exact_answer
+from nano_adrpo.rewards.text import exact
 
 
 @torch.no_grad()
@@ -14,44 +15,60 @@ def evaluate(
     model, codec, problems, reward, judge, reference, *, samples, max_new_tokens, longest, batch, score_batch,
     score_temperature=1.0, seed=0, autocast=contextlib.nullcontext, **sampling,
 ):  # fmt: skip
-    """Samples `samples` completions of each problem, with the same random numbers in every evaluation. -> metrics, texts.
+    """Samples `samples` completions of each problem, with the same random numbers in every evaluation.
 
     model, codec        the Decoder and its language.chat.TextCodec
     problems            [rewards.text.Problem]
-    reward, judge       rewards.Rewards of text; None, or a function (questions, completions) -> {metric: number}
-    reference           `with reference() as frozen:` gives the model that the KL is measured from
+    reward, judge       rewards.Rewards of text; None, or a function (completions, problems) -> {metric: number}
+    reference           `with reference() as frozen:` gives the model that the KL is measured from; None: no KL
     batch, score_batch  completions sampled, and scored, at a time
     score_temperature   the temperature of the log-probabilities and entropies
     sampling            temperature, top_k, top_p of Decoder.generate
 
-    reward and its terms, pass@1, pass@8 (of 8 samples or more), entropy and kl_k1, kl_k3 in nats per token, length in tokens,
-    and what the judge adds. texts: the completions, those of one problem contiguous.
+    -> {metric: number}, {metric: standard error over the problems}, and the completions, those of one problem contiguous.
+    reward and its terms; pass@1, pass@8 (of 8 samples or more) where every problem has an answer; entropy and kl_k1, kl_k3 in
+    nats per token, length in tokens, and what the judge adds, of which no error is known. The KL's estimators are means over
+    tokens that π draws: where a temperature of 0, top_k or top_p draws from something else, there is no KL.
     """
     asked = [problem for problem in problems for _ in range(samples)]
+    from_policy = sampling.get("temperature", 1) > 0 and not sampling.get("top_k", 0) and sampling.get("top_p", 1) == 1
     generator = torch.Generator(model.model.embed_tokens.weight.device).manual_seed(1_000_003 + seed)
-    texts, rewards, scores = [], [], []
+    texts, rewards, lengths, scores = [], [], [], []
     for start in range(0, len(asked), batch):
         some = asked[start : start + batch]
         with autocast():
             rollout = roll_out(model, codec, some, max_new_tokens, longest, generator, **sampling)
             logp, entropy = score_all(model, rollout, score_batch, score_temperature)
-            with reference() as frozen:
-                ref_logp, _ = score_all(frozen, rollout, score_batch, score_temperature)
-        tokens = rollout.mask.bool()
+            of_tokens = {"entropy": entropy}
+            if reference and from_policy:
+                with reference() as frozen:
+                    ref_logp, _ = score_all(frozen, rollout, score_batch, score_temperature)
+                of_tokens |= {f"kl_{kind}": kl_divergence(logp, ref_logp, kind) for kind in ("k1", "k3")}
         texts += rollout.texts
         rewards.append(reward(rollout.texts, some))
-        scores.append([value[tokens] for value in (logp, ref_logp, entropy)])
-    logp, ref_logp, entropy = map(torch.cat, zip(*scores))  # each [tokens of all completions]
-    correct = torch.tensor([exact_answer(text, problem.answer) for text, problem in zip(texts, asked)]).reshape(-1, samples)
-    values = reward_means({name: torch.cat([each[name] for each in rewards]) for name in rewards[0]})
-    values["pass@1"] = metrics.pass_at_k(correct, 1)
-    if samples >= 8:
-        values["pass@8"] = metrics.pass_at_k(correct, 8)
-    values |= {"entropy": entropy.mean().item(), **metrics.kl_from_reference(logp, ref_logp)}
-    values["length"] = len(entropy) / len(texts)
-    return values | (judge([problem.question for problem in asked], texts) if judge else {}), texts
+        lengths.append(rollout.mask.sum(dim=1).cpu())
+        scores.append({name: value[rollout.mask.bool()] for name, value in of_tokens.items()})
+    correct, lengths = exact(texts, asked), torch.cat(lengths).double()
+    # What each metric is the mean of: numbers, and how many of them each problem has.
+    ones, alike = [1] * len(problems), [samples] * len(problems)
+    tokens = lengths.reshape(-1, samples).sum(dim=1).int().tolist()
+    measured = {reward_name(name): (torch.cat([each[name] for each in rewards]), alike) for name in rewards[0]}
+    for k in (1, 8):
+        if correct and k <= samples:
+            of_problems = [metrics.pass_at_k(row[None], k) for row in torch.tensor(correct).reshape(-1, samples)]
+            measured[f"pass@{k}"] = torch.tensor(of_problems).double(), ones
+    measured |= {name: (torch.cat([each[name] for each in scores]), tokens) for name in scores[0]}
+    measured["length"] = lengths, alike
+    values = {name: numbers.mean().item() for name, (numbers, _) in measured.items()}
+    errors = {name: metrics.clustered_error(*each) for name, each in measured.items()} if len(problems) > 1 else {}
+    return values | (judge(texts, asked) if judge else {}), errors, texts
+
+
+def reward_name(term):
+    """What a term of rewards.Rewards is called in a log; the sum is "reward"."""
+    return term if term == "reward" else f"reward_{term}"
 
 
 def reward_means(rewards):
     """{name: [N]}, as rewards.Rewards gives them -> {"reward": mean of the sum, "reward_NAME": mean of each term}."""
-    return {name if name == "reward" else f"reward_{name}": values.mean().item() for name, values in rewards.items()}
+    return {reward_name(term): values.mean().item() for term, values in rewards.items()}

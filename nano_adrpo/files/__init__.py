@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from nano_adrpo.errors import InputError, MissingFile
@@ -11,10 +12,15 @@ def read_text(file):
     """The text of a UTF-8 file, without a byte order mark."""
     if not Path(file).is_file():
         raise MissingFile(f"{file}: no such file")
+    return decode(Path(file).read_bytes(), file)
+
+
+def decode(content, where):
+    """The text in the bytes of a UTF-8 file named `where`, its lines ended by \\n."""
     try:
-        return Path(file).read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not a text file in UTF-8 ({error})") from None
+        raise InputError(f"{where}: not a text file in UTF-8 ({error})") from None
 
 
 def read_json(file):
@@ -29,15 +35,15 @@ def read_json_lines(file):
             yield number, parse_json(line, f"{file}, line {number}")
 
 
-def parse_json(text, where):
-    """The object in a JSON text, a dict. `where` names the text in the message of an InputError."""
+def parse_json(text, where, kind=dict):
+    """The object in a JSON text, a dict, or with kind=list the list. `where` names the text in the message of an InputError."""
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # half a character, as in "\ud83d", is no text
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected a JSON object")
+    if not isinstance(value, kind):
+        raise InputError(f"{where}: expected a JSON {'object' if kind is dict else 'list'}")
     return value
 
 
@@ -49,6 +55,26 @@ def write_json(file, value):
 def write_bytes(file, content):
     """Writes `content`, whole or not at all."""
     replace(file, lambda temporary: temporary.write_bytes(content))
+
+
+def new_folder(path):
+    """Creates the folder where it is missing; -> its Path. Refuses one with files in it: nothing is written over."""
+    path = Path(path)
+    if path.is_file() or path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path}: exists; expected a new or empty folder, since nothing is overwritten")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|ot|npz)|.*\.index(\.\w+)?\.json|\..*|.*\.py")
+
+
+def copy_small(folder, out):
+    """Copies the files of a model folder that are no weights, such as config.json and the tokenizer's. Folders, hidden files
+    and code are left."""
+    for file in sorted(Path(folder).iterdir()):
+        if file.is_file() and not WEIGHTS.fullmatch(file.name):
+            write_bytes(Path(out) / file.name, file.read_bytes())
 
 
 def replace(file, write):

@@ -57,8 +57,15 @@ def only(values, allowed, where, needed=()):
     allowed   {key: (values that are implemented, …)}; an absent key passes
     needed    the keys that may not be absent, because what is meant then is not implemented
 
-    Raises InputError naming file and key.
+    Weights that were quantised by a library are implemented nowhere. Raises InputError naming file and key.
     """
+    if quantised := values.get("quantization_config"):
+        inside = quantised if isinstance(quantised, dict) else {}
+        old = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & inside.keys() else None  # before quant_method was written
+        method = inside.get("quant_method", old)
+        raise InputError(
+            f"{where}: key 'quantization_config': weights quantised by {method!r} are not read; expected plain ones"
+        )
     for key, kinds in allowed.items():
         if key in needed and key not in values:
             raise InputError(f"{where}: key '{key}' is missing; expected {either(kinds)}")

@@ -1,6 +1,7 @@
-"""Rewrites a PyTorch file as safetensors, for weights that are public only as a pickle.
+"""Rewrites PyTorch files as safetensors, for weights that are public only as a pickle.
 
     python -m nano_adrpo.files.convert FILE.pt OUT.safetensors
+    python -m nano_adrpo.files.convert FOLDER OUT                    # a model folder with .bin files, sharded or not
 
 This is the one place that reads a pickle: by torch's weights-only loader, which builds tensors and refuses all else.
 """
@@ -12,12 +13,18 @@ from pathlib import Path
 import torch
 
 from nano_adrpo.errors import InputError, MissingFile, Parser, run_command
+from nano_adrpo.files import copy_small, new_folder, read_json, write_json
 from nano_adrpo.files.safetensors import DTYPES, save
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # names below which a training script keeps a state dict
+# What torch's wrappers add to the names of layers: compile, FSDP and checkpointing where they wrap, data parallelism in front.
+WRAPPED, PARALLEL = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "module."
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # what trainers leave beside a model
 
 
 def convert(file, out):
-    """Writes the tensors of a PyTorch file (.pt, .pth, .bin, .ckpt) to `out`, a new safetensors file. A state dict under
-    "state_dict", "model" or "module" is unwrapped; entries that are no tensors are skipped and listed.
+    """Writes the tensors of a PyTorch file (.pt, .pth, .bin, .ckpt) to `out`, a new safetensors file. A state dict below one of
+    WRAPPERS is unwrapped, names lose what torch's wrappers added, and entries that are no tensors are skipped and listed.
 
     Raises MissingFile, or InputError where the file has more than tensors, none, or is damaged, or `out` exists.
     """
@@ -26,27 +33,86 @@ def convert(file, out):
     if Path(out).exists() or not Path(out).parent.is_dir():
         raise InputError(f"{out}: {'exists, and is not overwritten' if Path(out).exists() else 'its folder does not exist'}")
     print(f"{file} is a pickle: reading it with torch.load(…, weights_only=True), which builds tensors and runs no code")
+    tensors = tensors_of(unwrapped(read_pickle(file), file), file)
+    save(out, tensors)
+    print(f"{out}: tensors: {len(tensors)}, bytes: {Path(out).stat().st_size:,}")
+    return list(tensors)
+
+
+def convert_folder(folder, out):
+    """Writes a model folder whose weights are .bin files, with an index or a single one, to `out`, a new or empty folder: each
+    as a safetensors file, the index, and the small files beside them, such as config.json.
+
+    Raises MissingFile where a file is missing, InputError as `convert` does."""
+    folder, indexes = Path(folder), sorted(Path(folder).glob("*.bin.index.json"))
+    listed = [read_json(index).get("weight_map") for index in indexes]
+    if not all(isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values()) for names in listed):
+        raise InputError(f"{indexes[0]}: expected a 'weight_map' from keys to shard files")
+    shards = sorted({folder / name for names in listed for name in names.values()} | set(folder.glob("*.bin")))
+    shards = [file for file in shards if file.name not in NO_WEIGHTS]
+    if not shards:
+        raise MissingFile(f"{folder}: no .bin file in this folder")
+    for file in shards:
+        if not file.is_file():
+            raise MissingFile(f"{file}: no such file; an index lists it")
+    out, homes = new_folder(out), {}
+    for file in shards:
+        name = public(file.stem) + ".safetensors"
+        homes |= dict.fromkeys(convert(file, out / name), name)
+    copy_small(folder, out)
+    for index in indexes:  # the last file, so that a folder with it is whole
+        stem = public(index.name.removesuffix(".bin.index.json"))
+        inside = {key: name for key, name in homes.items() if name.startswith(f"{stem}-")}
+        write_json(out / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": inside})
+
+
+def public(stem):
+    """What a file of weights is called as safetensors: transformers' has another name."""
+    return re.sub("^pytorch_model", "model", stem)
+
+
+def read_pickle(file):
+    """What torch's weights-only loader makes of a file."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001, whatever the bytes provoke; the loader's own text is a page long
         if type(error).__name__ == "UnpicklingError" or "TorchScript" in str(error):
             found = re.search(r"unsupported (.*?)( whose| was|\n|$)", str(error), re.IGNORECASE)
             raise InputError(f"{file}: contains more than tensors{f' ({found[1]})' if found else ''}; not read") from None
         raise InputError(f"{file}: not a whole PyTorch file ({type(error).__name__})") from None
+
+
+def unwrapped(state, file):
+    """The dict of named tensors in what a file holds, under the names that the model itself gives them."""
     while isinstance(state, dict):
-        inside = next((key for key in ("state_dict", "model", "module") if isinstance(state.get(key), dict)), None)
+        inside = next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)
         if inside is None:
             break
         print(f"reading '{inside}'" + "".join(f"; left out beside it: {key}" for key in state if key != inside))
         state = state[inside]
-    if not isinstance(state, dict) or not any(
-        isinstance(value, torch.Tensor) for key, value in state.items() if isinstance(key, str)
-    ):
+    named = [key for key, value in state.items() if is_tensor(key, value)] if isinstance(state, dict) else []
+    if not named:
         raise InputError(f"{file}: holds a {type(state).__name__} without named tensors; expected a dict of them")
+    names = {key: re.sub(WRAPPED, "", key) for key in named}
+    while all(name.startswith(PARALLEL) for name in names.values()):
+        names = {key: name.removeprefix(PARALLEL) for key, name in names.items()}
+    if len(set(names.values())) < len(names):
+        raise InputError(f"{file}: two keys have one name without what torch's wrappers add; expected one model's keys")
+    if changed := next((key for key in named if names[key] != key), None):
+        print(f"names lose what torch's wrappers added: {changed} is {names[changed]}")
+    return {names.get(key, key): value for key, value in state.items()}
+
+
+def is_tensor(key, value):
+    return isinstance(key, str) and isinstance(value, torch.Tensor)
+
+
+def tensors_of(state, file):
+    """{name: tensor} as a safetensors file can hold it."""
     tensors, storages = {}, set()
     for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or not isinstance(key, str):
+        if not is_tensor(key, value):
             print(f"left out: {key} ({type(value).__name__})")
         elif value.layout != torch.strided or value.dtype not in DTYPES.values() or value.is_meta:
             kind = f"{value.layout}, {value.dtype}, on {value.device}"
@@ -55,16 +121,18 @@ def convert(file, out):
             shared = value.untyped_storage().data_ptr() in storages
             storages.add(value.untyped_storage().data_ptr())
             tensors[key] = value.detach().clone() if shared else value
-    save(out, tensors)
-    print(f"{out}: tensors: {len(tensors)}, bytes: {Path(out).stat().st_size:,}")
+    return tensors
 
 
 def main():
-    parser = Parser("Rewrites a pickled PyTorch file as safetensors.")
-    parser.add_argument("file", metavar="FILE", help="a .pt, .pth, .bin or .ckpt file")
-    parser.add_argument("out", metavar="OUT.safetensors", help="a new file")
+    parser = Parser("Rewrites pickled PyTorch files as safetensors.")
+    parser.add_argument("file", metavar="FILE", help="a .pt, .pth, .bin or .ckpt file, or a model folder with .bin files")
+    parser.add_argument("out", metavar="OUT", help="a new .safetensors file, or a new folder")
     args = parser.parse_args()
-    convert(args.file, args.out)
+    if Path(args.file).is_dir():
+        convert_folder(args.file, args.out)
+    else:
+        convert(args.file, args.out)
 
 
 if __name__ == "__main__":

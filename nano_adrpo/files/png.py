@@ -1,6 +1,7 @@
 """Images: PNG files (zlib and struct are all that PNG needs) and grids of them.
 
-An image is a tensor [C, H, W] in [−1, 1], C = 1 (grey) or 3 (RGB); in a file each value is one of 256 levels.
+An image is a tensor [C, H, W] in [−1, 1], C = 1 (grey) or 3 (RGB). Files are written with 256 levels a value; every kind of PNG
+is read.
 """
 
 import struct
@@ -16,7 +17,13 @@ from nano_adrpo.errors import InputError, MissingFile, about
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types (PNG specification, section 11.2.1)
-BYTES = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}  # per pixel, at 8 bits per sample
+SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}  # per pixel
+DEPTHS = {GREY: (1, 2, 4, 8, 16), PALETTE: (1, 2, 4, 8)}  # bits per sample; the other types have 8 or 16
+# An interlaced image is stored as seven small ones (section 8.2): the first row and column of each, the steps to its next.
+WHOLE, ADAM7 = (
+    [(0, 0, 1, 1)],
+    [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)],
+)
 
 
 def write_png(file, image):
@@ -45,7 +52,7 @@ def _chunk(chunk):
 
 
 def read_png(file):
-    """The image in an 8-bit, non-interlaced PNG: [1, H, W] (grey) or [3, H, W] (RGB, palette), float32. Transparency is
+    """The image in a PNG: [1, H, W] (grey) or [3, H, W] (RGB, palette), float32, with all levels of 16 bits. Transparency is
     dropped. Raises MissingFile, or InputError naming the file where it is another kind of file or damaged."""
     if not Path(file).is_file():
         raise MissingFile(f"{file}: no such file")
@@ -54,6 +61,10 @@ def read_png(file):
 
 
 def _decode(content):
+    if content.startswith(b"\xff\xd8\xff"):
+        raise InputError(
+            "a JPEG file, which is not read; expected PNG, as `mogrify -format png FILE` (ImageMagick) makes of it"
+        )
     if not content.startswith(SIGNATURE):
         raise InputError("not a PNG file")
     chunks = {}
@@ -65,28 +76,48 @@ def _decode(content):
     if len(chunks.get(b"IHDR", b"")) != 13 or b"IDAT" not in chunks:
         raise InputError("damaged PNG (no header or no pixels)")
     width, height, depth, colour, compression, filtering, interlaced = struct.unpack(">2I5B", chunks[b"IHDR"])
-    if depth != 8:
-        raise InputError(f"a PNG of {depth} bits per sample; only 8 are read")
-    if interlaced:
-        raise InputError("an interlaced PNG; only the others are read")
-    if colour not in BYTES or not width or not height or compression or filtering:
+    known = colour in SAMPLES and depth in DEPTHS.get(colour, (8, 16)) and interlaced in (0, 1)
+    if not known or not width or not height or compression or filtering:
         raise InputError("damaged PNG (impossible header)")
-    expected = height * (1 + width * BYTES[colour])
-    inflate = zlib.decompressobj()
-    try:  # one byte beyond what is expected: enough to see that there is more, too little for a file that unpacks forever
-        pixels = inflate.decompress(chunks[b"IDAT"], min(expected + 1, sys.maxsize))
-    except zlib.error as error:
-        raise InputError(f"damaged PNG ({error})") from None
-    if len(pixels) != expected or not inflate.eof:
-        raise InputError(f"damaged PNG (its pixels are not the {expected} bytes that {width} × {height} take)")
-    pixels = _unfilter(np.frombuffer(pixels, np.uint8).reshape(height, -1), BYTES[colour])
+    bits = SAMPLES[colour] * depth  # per pixel
+    passes = [(y, x, dy, dx) for y, x, dy, dx in (ADAM7 if interlaced else WHOLE) if y < height and x < width]
+    sizes = [(-(-(height - y) // dy), -(-(width - x) // dx)) for y, x, dy, dx in passes]
+    lengths = [h * (1 + -(-w * bits // 8)) for h, w in sizes]  # in bytes; each row has its filter in front
+    data = _inflate(chunks[b"IDAT"], sum(lengths), f"{width} × {height}")
+    pixels = np.empty((height, width, SAMPLES[colour]), np.uint16)
+    for (y, x, dy, dx), (h, w), length in zip(passes, sizes, lengths):
+        rows, data = data[:length].reshape(h, -1), data[length:]
+        pixels[y::dy, x::dx] = _samples(_unfilter(rows, max(bits // 8, 1)), depth).reshape(h, -1, SAMPLES[colour])[:, :w]
     if colour == PALETTE:
         palette = np.frombuffer(chunks.get(b"PLTE", b""), np.uint8)
         if len(palette) % 3 or pixels.max() >= len(palette) // 3:
             raise InputError("damaged PNG (a pixel's colour is not in the palette)")
-        pixels = palette.reshape(-1, 3)[pixels[..., 0]]
+        pixels, depth = palette.reshape(-1, 3)[pixels[..., 0]], 8
     channels = 1 if colour in (GREY, GREY_ALPHA) else 3
-    return torch.from_numpy(pixels[..., :channels].astype(np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1
+    image = torch.from_numpy(pixels[..., :channels].astype(np.float32)).permute(2, 0, 1).contiguous()
+    return image / ((2**depth - 1) / 2) - 1
+
+
+def _inflate(compressed, expected, size):
+    """The bytes of all rows, an array [expected]."""
+    inflate = zlib.decompressobj()
+    try:  # one byte beyond what is expected: enough to see that there is more, too little for a file that unpacks forever
+        data = inflate.decompress(compressed, min(expected + 1, sys.maxsize))
+    except zlib.error as error:
+        raise InputError(f"damaged PNG ({error})") from None
+    if len(data) != expected or not inflate.eof:
+        raise InputError(f"damaged PNG (its pixels are not the {expected} bytes that {size} take)")
+    return np.frombuffer(data, np.uint8)
+
+
+def _samples(rows, depth):
+    """Bytes [H, n] -> the numbers of `depth` bits in them, [H, n · 8 / depth]; what fills a row's last byte is among them."""
+    if depth == 16:
+        return rows.view(">u2")
+    if depth == 8:
+        return rows
+    bits = np.unpackbits(rows, axis=1).reshape(len(rows), -1, depth)
+    return np.packbits(bits, axis=2)[..., 0] >> (8 - depth)
 
 
 def _chunks(content):
@@ -103,19 +134,20 @@ def _chunks(content):
         position = end
 
 
-def _unfilter(rows, depth):
-    """[H, 1 + W · depth] bytes, each row behind its filter's number -> [H, W, depth] (PNG specification, section 9).
+def _unfilter(rows, size):
+    """[H, 1 + W · size] bytes, each row behind its filter's number -> [H, W · size] (PNG specification, section 9).
 
-    A pixel is stored as its difference from a prediction by the pixels at its left, above it and above the left one, so
-    all pixels of one antidiagonal (x + y = const) depend on earlier antidiagonals only and are restored at once.
+    size is the bytes per pixel; several pixels in one byte count as one. A pixel is stored as its difference from a prediction
+    by the pixels at its left, above it and above the left one, so all pixels of one antidiagonal (x + y = const) depend on
+    earlier antidiagonals only and are restored at once.
     """
-    filters, (height, width) = rows[:, 0], (len(rows), (rows.shape[1] - 1) // depth)
+    filters, (height, width) = rows[:, 0], (len(rows), (rows.shape[1] - 1) // size)
     if filters.max() > 4:
         raise InputError(f"damaged PNG (row filter {filters.max()})")
     # One pixel of zeros before each row and one row of zeros above; int16, because predictions are not taken modulo 256.
-    pixels = np.zeros((height + 1, width + 1, depth), np.int16)
-    pixels[1:, 1:] = rows[:, 1:].reshape(height, width, depth)
-    flat = pixels.reshape(-1, depth)  # an antidiagonal: every `width`-th pixel, as a row has width + 1
+    pixels = np.zeros((height + 1, width + 1, size), np.int16)
+    pixels[1:, 1:] = rows[:, 1:].reshape(height, width, size)
+    flat = pixels.reshape(-1, size)  # an antidiagonal: every `width`-th pixel, as a row has width + 1
     for diagonal in range(height + width - 1):
         low, high = max(0, diagonal - width + 1), min(height, diagonal + 1)  # its rows
         first = (low + 1) * (width + 1) + diagonal - low + 1
@@ -126,7 +158,7 @@ def _unfilter(rows, depth):
         paeth = np.where((a <= b) & (a <= c), left, np.where(b <= c, above, corner))
         here += np.choose(filters[low:high, None], (0, left, above, (left + above) >> 1, paeth)).astype(np.int16)
         here &= 255
-    return pixels[1:, 1:].astype(np.uint8)
+    return pixels[1:, 1:].astype(np.uint8).reshape(height, -1)
 
 
 def grid(images, columns, gap=2):

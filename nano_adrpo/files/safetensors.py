@@ -6,6 +6,7 @@ function from a name in the model to the key in the file. Nothing is unpickled a
 """
 
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -30,6 +31,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# The ends of keys beside float8 weights, as ComfyUI writes them: scales of weights, and what needs not be read.
+SCALES, MARKS = ("scale_weight", "weight_scale"), ("scale_input", "input_scale", "comfy_quant", "scaled_fp8")
+BITSANDBYTES = r".*\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*|SCB|weight_format)"
 
 
 def load(build, checkpoint, dtype=None, device=None, key_of=str, ignore=""):
@@ -41,7 +45,7 @@ def load(build, checkpoint, dtype=None, device=None, key_of=str, ignore=""):
               stored as a 1 × 1 convolution
     ignore    a regular expression: keys that match it are not read
     dtype     None keeps the file's; where a file mixes several, all become the narrowest that holds each. A float8 file needs
-              one, since nothing computes in float8
+              one, since nothing computes in float8. A float8 weight with a scale becomes weight · scale
     device    None is the CPU; "meta" makes the same checks and reads no tensor
 
     Raises InputError naming file and key for a tensor that is missing, unknown, misshapen or of another kind of number.
@@ -98,7 +102,7 @@ class Checkpoint:
     shapes    {key: shape}
     dtypes    {key: torch.dtype}
 
-    Raises MissingFile for a file that is not there, InputError where one is damaged or where index and shards disagree.
+    Raises MissingFile for a file that is not there, InputError where one is damaged or quantised by bitsandbytes.
     """
 
     def __init__(self, path, stem="model", prefix=""):
@@ -107,13 +111,9 @@ class Checkpoint:
         self.files = {file: open_file(file) for file in files}
         stored = {file: dict.fromkeys(opened.keys()) for file, opened in self.files.items()}
         home = {key: file for file, keys in stored.items() for key in keys}
-        if index:
+        if index:  # of a key in two shards the listed one counts; where index and shards disagree otherwise, the shards do
             listed = {key: self.path / shard for key, shard in read_json(index)["weight_map"].items()}
-            for key in sorted(listed.keys() | home.keys()):
-                if key not in listed or key not in stored[listed[key]]:
-                    found = f"is listed but not in {listed[key].name}" if key in listed else "is in a shard but not listed"
-                    raise InputError(f"{index}: key '{key}' {found}")
-            home = listed  # of a key in two shards the listed one counts
+            home |= {key: file for key, file in listed.items() if key in stored[file]}
         self.prefix = prefix if any(key.startswith(prefix) for key in home) else ""
         self.home = {key.removeprefix(self.prefix): file for key, file in home.items() if key.startswith(self.prefix)}
         headers = {key: self.files[file].get_slice(self.prefix + key) for key, file in self.home.items()}
@@ -122,23 +122,50 @@ class Checkpoint:
             if header.get_dtype() not in DTYPES:
                 raise InputError(f"{self.where(key)} has dtype {header.get_dtype()}; expected one of {', '.join(DTYPES)}")
         self.dtypes = {key: DTYPES[header.get_dtype()] for key, header in headers.items()}
+        self.scales = self.take_scales()
+
+    def take_scales(self):
+        """Takes what belongs to float8 weights off `shapes`; -> {weight: key of its scale, one number or one for each row}.
+        Raises InputError for a scale of another shape and for weights that bitsandbytes quantised."""
+        float8 = {key for key, dtype in self.dtypes.items() if dtype.is_floating_point and dtype.itemsize == 1}
+        scales = {}
+        for key, shape in list(self.shapes.items()):
+            if re.fullmatch(BITSANDBYTES, key):
+                raise InputError(f"{self.where(key)}: weights quantised by bitsandbytes are not read; expected plain ones")
+            stem, _, end = key.rpartition(".")
+            weight = f"{stem}.weight"
+            if end in SCALES and weight in float8:
+                if math.prod(shape) not in (1, self.shapes[weight][0]):
+                    raise InputError(f"{self.where(key)} has shape {list(shape)}; expected one number, or one for each row")
+                scales[weight] = key
+                del self.shapes[key]
+            elif end in MARKS and float8:
+                del self.shapes[key]
+        return scales
 
     def where(self, key):
         """The file and the key as the file spells it, for messages."""
         return f"{self.home.get(key, self.path)}: key '{self.prefix}{key}'"
 
     def read(self, key, device=None):
-        """The tensor under `key`, as stored; on the meta device nothing is read."""
+        """The tensor under `key`, as stored, or float32 where it has a scale; on the meta device nothing is read."""
         if torch.device(device or "cpu").type == "meta":
             return torch.empty(self.shapes[key], dtype=self.dtypes[key], device="meta")
-        return self.files[self.home[key]].get_tensor(self.prefix + key).to(device or "cpu")
+        tensor = self.stored(key).to(device or "cpu")
+        if key not in self.scales:
+            return tensor
+        scale = self.stored(self.scales[key]).to(tensor.device, torch.float32)
+        return tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
+
+    def stored(self, key):
+        return self.files[self.home[key]].get_tensor(self.prefix + key)
 
     def common_dtype(self, keys):
         """The narrowest dtype that holds the floating-point tensors of `keys`. Raises InputError for float8."""
         stored = {self.dtypes[key]: key for key in keys if self.dtypes[key].is_floating_point}
         for dtype, key in stored.items():
             if dtype.itemsize == 1:
-                raise InputError(f"{self.where(key)} is stored as {dtype}; expected a dtype to compute in")
+                raise InputError(f"{self.where(key)} is stored as {dtype}; expected a dtype to compute in (--dtype)")
         return functools.reduce(torch.promote_types, stored or [torch.float32])
 
     def measure(self, layout, axes):

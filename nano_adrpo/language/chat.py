@@ -1,81 +1,151 @@
-"""Text on its way into a decoder and out of it: the tokenizer of a model folder, its end-of-text ids, prompts as padded
-batches, and the chat templates of Qwen and Gemma.
+"""Text on its way into a decoder and out of it: the tokenizer of a model folder, its chat template, what ends a completion, and
+prompts as padded batches."""
 
-A folder's chat template is a small program in jinja. None is run here: the public ones are written out below as functions of
-the messages, [{"role": "user", "content": …}, …] with the roles system, user and assistant and content that is text, and
-`template_of` tells by its fixed parts which of them a folder has.
-"""
-
-import functools
-import re
+import math
+from pathlib import Path
 
 import torch
 
+from nano_adrpo import files
 from nano_adrpo.errors import InputError
-from nano_adrpo.files import parse_json
-from nano_adrpo.models.tokenizers import open_tokenizer
+from nano_adrpo.language.template import Template
+from nano_adrpo.models import tokenizers
+from nano_adrpo.models.decoder import companions
 
 
 class TextCodec:
-    """A decoder's way from questions to ids and back: its tokenizer, its end-of-text ids and its chat template.
+    """A decoder's way from questions to ids and back.
 
-    eos        the ids that end a completion, a list
-    template   the function of messages that renders the folder's chat template; None: a question is the prompt as it is
+    system     the system message before every question; None: whatever the chat template writes of itself
+    template   a file with the chat template; None: the folder's own; "none": a question is the prompt as it is
+    thinking   "on" or "off" for templates that read enable_thinking; None: as they have it
+    stop       texts that end a completion, too
+
+    tokenizer, template   see `tokenizer_of` and `template_of`
+    eos                   the ids that end a completion, a list; `ended` tells of stop texts, None where there are none
+
+    Raises InputError naming the file or option that does not fit.
     """
 
-    def __init__(self, model):
-        self.tokenizer, self.eos, self.template = tokenizer_of(model), stop_ids(model), template_of(model)
+    def __init__(self, model, system=None, template=None, thinking=None, stop=()):
+        self.tokenizer, self.size = tokenizer_of(model), model.config.vocab_size
+        self.eos, self.stop, self.ended = stop_ids(model, self.tokenizer), stop, self.stopped if stop else None
+        self.template, self.system, self.prompts = template_of(model, template, thinking), system, {}
+        if "" in stop:
+            raise InputError("--stop: expected texts that are not empty")
+        if self.template:
+            self.template([conversation("?", system)])  # one that fails, or takes no system message, says so now
+        elif system is not None or thinking:
+            raise InputError("--system and --thinking: expected only with a chat template")
+        if thinking and "enable_thinking" not in self.template.text:
+            raise InputError(f"--thinking: the chat template in {self.template.where} does not read enable_thinking")
 
     def encode(self, questions, longest, device=None):
         """N questions -> ids and mask [N, T] of their prompts, padded on the left. Raises InputError naming the first prompt of
         more than `longest` tokens."""
-        if self.template:
-            questions = [self.template([{"role": "user", "content": question}]) for question in questions]
-        return encode_prompts(self.tokenizer, questions, longest, special=not self.template, device=device)
+        if self.template:  # prompts are kept, as the same ones come again in every round
+            new = [question for question in dict.fromkeys(questions) if question not in self.prompts]
+            self.prompts |= zip(new, self.template([conversation(question, self.system) for question in new]) if new else ())
+            questions = [self.prompts[question] for question in questions]
+        return encode_prompts(self.tokenizer, questions, longest, self.size, special=not self.template, device=device)
 
     def decode(self, ids, mask):
-        """Completions ids [N, C] under their mask [N, C] -> N texts, without special tokens such as the eos."""
-        return decode(self.tokenizer, ids, mask)
+        """Completions ids [N, C] under their mask [N, C] -> N texts, without special tokens such as the eos. A text ends before
+        the first of the stop texts, as vLLM's does; the mask holds the tokens that it stands in."""
+        texts = decode(self.tokenizer, ids, mask)
+        return [text[: min([text.find(stop) for stop in self.stop if stop in text], default=None)] for text in texts]
+
+    def stopped(self, ids):
+        """The tokens of completions so far, [N, C] -> [N], whether a stop text stands in the newest ones."""
+        window = max(len(stop.encode()) for stop in self.stop) + 4  # tokens: one has a byte or more; 4 end a character before
+        texts = self.tokenizer.decode_batch(ids[:, -window:].tolist(), skip_special_tokens=False)
+        return torch.tensor([any(stop in text for stop in self.stop) for text in texts], device=ids.device)
+
+
+def conversation(question, system=None, completion=None):
+    """The messages of a question, behind the system message and before its answer where these are given."""
+    turns = {"system": system, "user": question, "assistant": completion}
+    return [{"role": role, "content": content} for role, content in turns.items() if content is not None]
+
+
+def render(source, messages, **values):
+    """Messages as the prompt of a model folder, or of a model from one: what transformers' apply_chat_template writes with
+    add_generation_prompt=True. values: what else the template may read, such as enable_thinking=False."""
+    if not (template := template_of(source)):
+        raise InputError(f"{source if isinstance(source, str | Path) else 'the folder of the model'}: no chat template")
+    return template([messages], **values)[0]
+
+
+def template_of(source, choice=None, thinking=None):
+    """The language.template.Template of a folder, or of a model from one; None where there is none. choice, thinking: see
+    TextCodec."""
+    small = companions(source) if isinstance(source, str | Path) else source.files
+    where, text = default_template(small) if choice is None else (choice, choice != "none" and files.read_text(choice))
+    values = {"enable_thinking": thinking == "on"} if thinking else {}
+    return Template(text, where, tokenizers.named_tokens(tokenizers.settings(small)) | values) if text else None
+
+
+TEMPLATES = "additional_chat_templates/default.jinja", "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
+
+
+def default_template(small):
+    """The first of these files that holds a template, and the template, of several the one named default; None, None: there is
+    none. Raises InputError naming a file without a default."""
+    for name in TEMPLATES:
+        if name.endswith(".jinja"):
+            found = files.decode(small.get(name, b""), name)
+        elif isinstance(found := settings(small, name).get("chat_template"), list):
+            found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = found.get("default", found) if isinstance(found, dict) else found
+        if not isinstance(found, str | None):
+            raise InputError(f"{name}: key 'chat_template' has no template named 'default'; --chat-template FILE gives one")
+        if found:
+            return name, found
+    return None, None
 
 
 def tokenizer_of(model):
-    """The tokenizers.Tokenizer in a model's folder. Raises InputError where there is none or its ids are not the model's."""
-    if "tokenizer.json" not in model.files:
-        raise InputError("the model's folder has no tokenizer.json")
-    tokenizer = open_tokenizer(model.files["tokenizer.json"], "tokenizer.json")
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    if highest >= (size := model.config.vocab_size):
-        raise InputError(f"tokenizer.json has the id {highest}; the model's are below {size}")
-    return tokenizer
+    """The tokenizers.Tokenizer in a model's folder. Raises InputError where there is none."""
+    if "tokenizer.json" in model.files:
+        return tokenizers.open_tokenizer(model.files["tokenizer.json"], "tokenizer.json")
+    if {"vocab.json", "merges.txt"} <= model.files.keys():
+        return tokenizers.byte_pairs(model.files, model.config.model_type)
+    raise InputError("the model's folder has no tokenizer.json, nor vocab.json and merges.txt")
 
 
-def stop_ids(model):
-    """The ids that end a completion, a list: generation_config.json's, where chat models list more, or else config.json's."""
-    ids = settings(model, "generation_config.json").get("eos_token_id")
-    ids = model.config.eos_token_id if ids is None else ids
-    if ids is None or ids == []:
-        raise InputError("neither generation_config.json nor config.json has an 'eos_token_id'; completions would never end")
-    ids = ids if isinstance(ids, list) else [ids]
+def stop_ids(model, tokenizer=None):
+    """The ids that end a completion, a list: those of generation_config.json, of config.json, and the tokenizer's eos_token."""
+    found = settings(model.files, "generation_config.json").get("eos_token_id"), model.config.eos_token_id
+    ids = [index for each in found if each is not None for index in (each if isinstance(each, list) else [each])]
     if not all(type(index) is int and 0 <= index < model.config.vocab_size for index in ids):
         raise InputError(f"'eos_token_id' is {ids}; the model's ids are below {model.config.vocab_size}")
-    return ids
+    if token := tokenizers.named_tokens(tokenizers.settings(model.files)).get("eos_token"):
+        index = (tokenizer or tokenizer_of(model)).token_to_id(token)
+        ids += [] if index is None or index >= model.config.vocab_size else [index]
+    if not ids:
+        raise InputError("neither generation_config.json nor config.json has an 'eos_token_id'; completions would never end")
+    return list(dict.fromkeys(ids))
 
 
-def settings(model, name):
-    """The object in a JSON file of the model's folder, {} where the file is not there."""
-    return parse_json(model.files.get(name, "{}"), name)
+def settings(small, name):
+    """The object in one of a folder's small files, {} where the file is not there."""
+    return files.parse_json(small.get(name, "{}"), name)
 
 
-def encode_prompts(tokenizer, texts, longest, special=False, device=None):
+def encode_prompts(tokenizer, texts, longest, size=math.inf, special=False, device=None):
     """Texts as one batch, padded on the left: (ids [B, T], mask [B, T], 1 at tokens), both int64.
 
     longest   the most tokens that a prompt may have; InputError naming the first that has more
+    size      the model's number of tokens; InputError naming a prompt with a token beyond
     special   whether to add the tokenizer's own first and last tokens; a chat template has written them already
     """
     rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=special)]
     for index, row in enumerate(rows):
         if not 0 < len(row) <= longest:
             raise InputError(f"prompt {index} has {len(row)} tokens; expected 1 … {longest}: {texts[index][:60]!r}")
+        if (top := max(row)) >= size:
+            token = tokenizer.id_to_token(top)
+            raise InputError(f"prompt {index} has the token {token!r} with id {top}; the model's ids are below {size}")
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -85,81 +155,3 @@ def encode_prompts(tokenizer, texts, longest, special=False, device=None):
 def decode(tokenizer, ids, mask):
     """The texts of completions ids [B, N] under their mask [B, N], without special tokens such as the eos."""
     return tokenizer.decode_batch([row[keep].tolist() for row, keep in zip(ids, mask.bool())])
-
-
-def chatml(messages, system=None, add_generation_prompt=True):
-    """ChatML, as Qwen2 and Qwen2.5 have it. `system` is the system message of a conversation that brings none.
-
-    >>> print(chatml([{"role": "user", "content": "2+2?"}]))
-    <|im_start|>user
-    2+2?<|im_end|>
-    <|im_start|>assistant
-    <BLANKLINE>
-    """
-    if system and [message["role"] for message in messages[:1]] != ["system"]:
-        messages = [{"role": "system", "content": system}, *messages]
-    turns = [f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages]
-    return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
-
-
-def qwen3(messages, thinking=True, add_generation_prompt=True):
-    """Qwen3: ChatML in which answers open with a <think> block. Those before the last question lose theirs; with
-    thinking=False the prompt ends in an empty one, so that the model answers straight away."""
-    asked = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=len(messages))
-    shown = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            thought, closed, answer = message["content"].rpartition("</think>")
-            thought, answer = thought.rpartition("<think>")[2].strip("\n"), answer.lstrip("\n") if closed else answer
-            if index > asked and (thought or index == len(messages) - 1):
-                answer = f"<think>\n{thought}\n</think>\n\n" + answer.lstrip("\n")
-            message = {"role": "assistant", "content": answer}
-        shown.append(message)
-    prompt = chatml(shown, add_generation_prompt=add_generation_prompt)
-    return prompt + ("<think>\n\n</think>\n\n" if add_generation_prompt and not thinking else "")
-
-
-def gemma(messages, add_generation_prompt=True):
-    """Gemma, the first and the second. There is no system role, and user and assistant take turns: else InputError.
-
-    >>> print(gemma([{"role": "user", "content": " 2+2? "}]))
-    <bos><start_of_turn>user
-    2+2?<end_of_turn>
-    <start_of_turn>model
-    <BLANKLINE>
-    """
-    for index, message in enumerate(messages):
-        if message["role"] != ("user", "assistant")[index % 2]:
-            raise InputError(f"message {index} is of role {message['role']!r}; Gemma takes user and assistant in turns")
-    names = {"user": "user", "assistant": "model"}
-    turns = [f"<start_of_turn>{names[m['role']]}\n{m['content'].strip()}<end_of_turn>\n" for m in messages]
-    return "<bos>" + "".join(turns) + ("<start_of_turn>model\n" if add_generation_prompt else "")
-
-
-def default_system(jinja):
-    """The system message that a ChatML template writes where a conversation brings none; None where it writes none. Qwen2.5's
-    differs from Qwen2's and from Qwen2.5-Math's. InputError where it stands elsewhere than in Qwen's templates."""
-    text = re.search(r"""(['"])<\|im_start\|>system(?:\n|\\n)((?:\\.|(?!\1)[^\\])*?)<\|im_end\|>""", jinja, re.DOTALL)
-    if text:
-        return text[2].encode("ascii", "backslashreplace").decode("unicode-escape")  # as jinja reads a text in quotes
-    if re.search(r"""(?<!['"])<\|im_start\|>system|\bset \w*system""", jinja):
-        raise InputError("the chat template of the model's folder has its default system message in an unknown place")
-    return None
-
-
-def template_of(model):
-    """The function above that renders what the jinja template in the model's folder renders; None where it has no template.
-    Raises InputError for a template that is none of these."""
-    jinja = model.files.get("chat_template.jinja", b"").decode()
-    jinja = jinja or settings(model, "tokenizer_config.json").get("chat_template")
-    if not jinja:
-        return None
-    if not isinstance(jinja, str):
-        raise InputError("tokenizer_config.json: 'chat_template' is a list of several; only a single one is implemented")
-    if "<start_of_turn>" in jinja and "System role not supported" in jinja:
-        return gemma
-    if "<|im_start|>" in jinja and "enable_thinking" in jinja and "last_query_index" in jinja:
-        return qwen3
-    if "<|im_start|>" in jinja and "<think>" not in jinja and "bos_token" not in jinja:
-        return functools.partial(chatml, system=default_system(jinja))
-    raise InputError("the chat template of the model's folder is not implemented; expected Qwen2's, 2.5's, 3's or Gemma's")

@@ -11,7 +11,7 @@ class Rollout(NamedTuple):
     ids: torch.Tensor  # [N, T], prompts padded on the left, then their completions
     seen: torch.Tensor  # [N, T], 1 at tokens, 0 at padding on either side
     mask: torch.Tensor  # [N, C], the last C columns of `seen`: 1 at the completion's tokens, its end token included
-    texts: list  # N completions as text
+    texts: list  # N completions as text, "<think>" included where the prompt opened a thought
 
 
 @torch.no_grad()
@@ -23,10 +23,14 @@ def roll_out(model, codec, problems, max_new_tokens, longest, generator=None, **
     sampling    temperature, top_k, top_p of Decoder.generate
     """
     device = model.model.embed_tokens.weight.device
-    ids, prompt_mask = codec.encode([problem.question for problem in problems], longest, device)
-    ids, mask = model.generate(ids, prompt_mask, max_new_tokens, eos=codec.eos, generator=generator, **sampling)
+    ids, prompt_mask = codec.encode([problem.prompt for problem in problems], longest, device)
+    ends = codec.decode(ids[:, -8:], prompt_mask[:, -8:])
+    sampling |= {"eos": codec.eos, "ended": codec.ended, "generator": generator}
+    ids, mask = model.generate(ids, prompt_mask, max_new_tokens, **sampling)
     seen = torch.cat([prompt_mask, mask], dim=1)
-    return Rollout(ids, seen, mask, codec.decode(ids[:, prompt_mask.shape[1] :], mask))
+    texts = codec.decode(ids[:, prompt_mask.shape[1] :], mask)
+    texts = ["<think>" * end.rstrip().endswith("<think>") + text for end, text in zip(ends, texts)]
+    return Rollout(ids, seen, mask, texts)
 
 
 def score(model, rollout, rows, temperature=1.0, entropy=False):

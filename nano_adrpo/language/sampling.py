@@ -12,14 +12,15 @@ from nano_adrpo.errors import InputError, NotFinite
 
 
 @torch.no_grad()
-def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None):
-    """Samples a completion of every prompt, up to and including its first eos.
+def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eos=None, generator=None, ended=None):
+    """Samples a completion of every prompt, up to and including its first eos, or the token at which `ended` says so.
 
     ids [B, T], mask [B, T]   prompts, padded on the left; mask None: no padding
     temperature               0 is greedy
     top_k, top_p              see `probabilities`
     eos                       an id, several, or None; what follows the end of a row is filled with (the first) eos
     generator                 None is torch's own
+    ended                     None, or a function: tokens of completions so far [n, C] -> [n], whether they end there
 
     -> (ids [B, T + N], mask of the completions [B, N] in the dtype of `mask`); N ≤ max_new_tokens is the longest one's length.
     Raises InputError naming an argument that does not fit, NotFinite for logits that are not finite.
@@ -52,6 +53,8 @@ def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1
             tokens = torch.multinomial(probs, 1, generator=generator)[:, 0].masked_fill(~going, fill)  # [live]
             out[live, end], completion[live, end] = tokens.to(ids.dtype), going.to(mask.dtype)
             going = going & ~torch.isin(tokens, stop)
+            if ended:
+                going = going & ~ended(out[live, length : end + 1])
             if not going.any() or end == size - 1:
                 break
             if 4 * going.sum() <= 3 * len(going):  # all copies made for this move at most four times the cache
@@ -73,7 +76,7 @@ def check(config, ids, mask, max_new_tokens, temperature, top_k, top_p, stop):
     ):
         if not fits:
             raise InputError(f"{name} is {value}; expected {expected}")
-    length, limit = ids.shape[1], config.max_position_embeddings
+    length, limit = ids.shape[1], config.positions
     if length + max_new_tokens > limit:
         raise InputError(f"a prompt of {length} and {max_new_tokens} new tokens exceed the model's {limit} positions")
     if mask.shape != ids.shape:

@@ -1,10 +1,10 @@
 """A decoder language model, of the families Qwen2 (and 2.5), Qwen3, Llama and Gemma.
 
   * pre-norm blocks of causal self-attention and gated MLP (Shazeer 2020, arXiv 2002.05202), RMS norm throughout
-  * rotary positions (Su et al. 2021, arXiv 2104.09864); grouped queries share keys and values (Ainslie et al. 2023, 2305.13245)
+  * rotary positions (rope.py); grouped queries share keys and values (Ainslie et al. 2023, arXiv 2305.13245)
   * the head is a matrix of its own or, tied, the token embeddings once more
-  * Qwen2: biases on queries, keys and values. Qwen3: RMS norm on each head's queries and keys. Llama 3: stretched rotary
-    wavelengths. Gemma: norms scale by 1 + w, embeddings are multiplied by √width, the MLP's gate is a tanh GELU
+  * Qwen2: biases on queries, keys and values. Qwen3: RMS norm on each head's queries and keys. Gemma: norms scale by 1 + w,
+    embeddings are multiplied by √width, the MLP's gate is a tanh GELU
 
 `Decoder` gives logits, samples (language/sampling.py) and scores tokens; `RewardModel` gives one number per sequence. Module
 names are transformers' (Qwen2ForCausalLM and the like, GemmaForSequenceClassification), so its folders load key by key.
@@ -25,7 +25,8 @@ from nano_adrpo.errors import InputError
 from nano_adrpo.files import config as configs
 from nano_adrpo.files import safetensors
 from nano_adrpo.language import sampling
-from nano_adrpo.models import tokenizers
+from nano_adrpo.models import rope, tokenizers
+from nano_adrpo.models.rope import rotate
 
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -46,7 +47,7 @@ class Config:
     hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or the numbers of `Llama3`
+    rope_scaling: dict | None = None  # None, or rope_type and its numbers, see rope.py
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: Any = None  # these three are kept for the files; language/chat.py reads the second
@@ -60,6 +61,11 @@ class Config:
             raise InputError(f"num_key_value_heads {self.num_key_value_heads} does not divide {self.num_attention_heads} heads")
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}; expected an even number, since rotary positions turn pairs")
+
+    @property
+    def positions(self):
+        """How many tokens a text may have."""
+        return rope.reach(self)
 
 
 class Transformer(nn.Module):
@@ -86,15 +92,15 @@ class Transformer(nn.Module):
             # A padding token still sees itself: a row that sees nothing would be NaN.
             attends = (key <= query) & mask.bool()[:, None, None] | (key == query)  # [B, 1, T, S]
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # padding does not count
-        rope = rotations(self.config, positions)
+        turns = rope.rotations(self.config, positions)
         x = self.embed_tokens(ids)
         if self.config.model_type == "gemma":
             x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)  # rounded to x's dtype, as it was trained
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, attends, use_reentrant=False)
+                x = checkpoint(layer, x, turns, attends, use_reentrant=False)
             else:
-                x = layer(x, rope, attends, cache)
+                x = layer(x, turns, attends, cache)
         if cache:
             cache.length = length
         return self.norm(x)
@@ -110,8 +116,8 @@ class Layer(nn.Module):
         self.mlp = nn.ModuleDict({name: nn.Linear(dim, inner, bias=False) for name in ("gate_proj", "up_proj")})
         self.mlp["down_proj"] = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x, rope, attends, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, attends, cache)
+    def forward(self, x, turns, attends, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), turns, attends, cache)
         normed = self.post_attention_layernorm(x)
         return x + self.mlp["down_proj"](self.act(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed))
 
@@ -128,13 +134,13 @@ class Attention(nn.Module):
         qk_norm = config.model_type == "qwen3"
         self.q_norm, self.k_norm = (RMSNorm(config, self.size) if qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x, rope, attends, cache=None):
+    def forward(self, x, turns, attends, cache=None):
         """x [B, T, D] -> [B, T, D]; attends: boolean, broadcastable to [B, heads, T, S], None for all tokens so far."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.size)).transpose(1, 2)  # [B, heads, T, d]
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        q, k = rotate(self.q_norm(q), turns), rotate(self.k_norm(k), turns)
         if cache:
             k, v = cache.append(self.index, k, v)  # [B, heads, S, d]
         if x.shape[1] == 1:  # one new token: the queries that share a key take the place of a sequence, and no key is copied
@@ -144,27 +150,6 @@ class Attention(nn.Module):
         few, causal = k.shape[1] < q.shape[1], attends is None and x.shape[1] > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attends, is_causal=causal, enable_gqa=few)
         return self.o_proj(out.reshape(len(x), -1, x.shape[1], self.size).transpose(1, 2).flatten(2))
-
-
-def rotations(config, positions):
-    """What `rotate` multiplies by, positions [B, T] -> cos and ±sin, [B, 1, T, d], in float32: large angles need its bits."""
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequencies = 1 / config.rope_theta ** (steps / config.head_dim)  # [d/2], radians per position
-    if stretch := config.rope_scaling:
-        # Llama 3: wavelengths that went round often in the trained length stay; those that did not even go round
-        # low_freq_factor times are stretched by `factor`; in between, a straight line from one to the other.
-        low, high = stretch["low_freq_factor"], stretch["high_freq_factor"]
-        rounds = stretch["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        kept = ((rounds - low) / (high - low)).clamp(0, 1)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / stretch["factor"]
-    angles = positions[:, None, :, None] * frequencies
-    return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-angles.sin(), angles.sin()], dim=-1)
-
-
-def rotate(x, rope):
-    """Turns the pairs (i, i + d/2) of x [B, heads, T, d] by their angles, in float32."""
-    (cos, sin), wide = rope, x.float()
-    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -205,6 +190,7 @@ class Pretrained(nn.Module):
             config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}  # one output: a reward, not classes
         safetensors.save_model(path, self, config)
         for name, content in self.files.items():
+            (Path(path) / name).parent.mkdir(exist_ok=True)
             files.write_bytes(Path(path) / name, content)
 
 
@@ -330,60 +316,54 @@ DEFAULTS = {
 # Keys of config.json that change the computation, and the values at which they do not.
 IMPLEMENTED = {
     "model_type": tuple(DEFAULTS), "attention_dropout": (0, None), "hidden_activation": (None, "gelu_pytorch_tanh"),
-    "is_causal": (True, None), "mlp_bias": (False, None), "partial_rotary_factor": (1, None), "quantization_config": (None,),
+    "is_causal": (True, None), "mlp_bias": (False, None), "partial_rotary_factor": (1, None),
     "use_bidirectional_attention": (False, None),
 }  # fmt: skip
 
-# Small files beside the weights: read with the model and written again, so that a trained folder is whole.
-COMPANIONS = ("generation_config.json", "chat_template.jinja", "tokenizer.model", *tokenizers.FILES)
+COMPANIONS = (
+    "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "tokenizer.model", *tokenizers.FILES,
+)  # fmt: skip
 
 
-@dataclasses.dataclass
-class Llama3:  # the numbers of rope_scaling: how `rotations` stretches the wavelengths
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: float
+def companions(folder):
+    """{name: bytes} of the small files beside the weights: read with the model and written again, so that a trained folder is
+    whole."""
+    found = [file for name in COMPANIONS for file in sorted(Path(folder).glob(name)) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
 
 
-def read_config(path, task):
-    """The Config of a model folder. `task` is how the class name in its `architectures` ends, such as ForCausalLM."""
+def read_config(path):
+    """The Config of a model folder. `architectures` is not asked: the tensors tell whether a head fits."""
     where = Path(path) / "config.json"
     values = files.read_json(where)
     configs.only(values, IMPLEMENTED, where, ("model_type",))
-    family, names = values["model_type"], values.get("architectures")
-    if names and not (isinstance(names, list) and family.capitalize() + task in names):
-        raise InputError(f"{where}: key 'architectures' is {names}; expected ['{family.capitalize()}{task}']")
-    values = {**DEFAULTS[family], **values, **read_rope(values, where)}
+    family = values["model_type"]
+    values = {**DEFAULTS[family], **values}
+    values |= rope.read_rope(values, where)
     if family == "gemma" and values["hidden_act"] == "gelu":
         values["hidden_act"] = "gelu_pytorch_tanh"  # what the first Gemma files meant by gelu
     config = configs.parse(Config, values, where)
-    # No layer may attend within a sliding window. In older files those from max_window_layers on do.
-    kinds, whole = values.get("layer_types"), values.get("max_window_layers")
-    if kinds:
-        configs.only(values, {"layer_types": (["full_attention"] * config.num_hidden_layers,)}, where)
-    elif values.get("sliding_window", 4096) and not (type(whole) is int and whole >= config.num_hidden_layers):
-        configs.only(values, {"use_sliding_window": (False, None)}, where)
+    check_windows(values, config, where)
     return config
 
 
-def read_rope(values, where):
-    """rope_theta and rope_scaling from transformers 4's keys of these names, or from transformers 5's rope_parameters."""
-    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope, where = dict(configs.section(values, name, where)), f"{where}: '{name}'"
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    theta = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
-    configs.only({"rope_type": kind}, {"rope_type": ("default", "llama3")}, where)
-    if kind == "llama3":
-        rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
-        configs.parse(Llama3, rope, where)
-    known = [field.name for field in dataclasses.fields(Llama3)] if kind == "llama3" else []
-    configs.only(rope, {key: (None,) for key in rope if key not in known}, where)
-    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope} if rope else None}
+def check_windows(values, config, where):
+    """Raises InputError where a layer attends within a window that is shorter than a text can be: the layers that layer_types
+    names or, in older files, those from max_window_layers on."""
+    kinds, window, first = values.get("layer_types"), values.get("sliding_window", 4096), values.get("max_window_layers")
+    count, known = config.num_hidden_layers, {"full_attention", "sliding_attention"}
+    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == count and all(kind in known for kind in kinds)):
+        configs.only(values, {"layer_types": (["full_attention"] * count,)}, where)
+    slides = "sliding_attention" in kinds if kinds else not (type(first) is int and first >= count)
+    long = window is None or type(window) is int and window >= config.positions
+    if slides and not long and values.get("use_sliding_window", kinds) not in (False, None):
+        never = f"at least the model's {config.positions} positions, where it never acts, or 'use_sliding_window' false"
+        raise InputError(f"{where}: key 'sliding_window' is {window!r}; expected {never}")
 
 
 def load(cls, path, dtype, device):
-    config, file = read_config(path, cls.task), safetensors.Checkpoint(path)
+    config, file = read_config(path), safetensors.Checkpoint(path)
     head, embeddings, elsewhere = "lm_head.weight", "model.embed_tokens.weight", {}
     ignore = r".*rotary_emb\.inv_freq"  # older files carry the rotary frequencies, which the config tells
     if config.tie_word_embeddings and head in file.home and embeddings not in file.home:
@@ -394,5 +374,5 @@ def load(cls, path, dtype, device):
         if one.shape != other.shape or not (one.is_meta or torch.equal(one, other)):
             raise InputError(f"{file.where(head)} differs from '{embeddings}', to which it is tied")
     model = safetensors.load(lambda: cls(config), file, dtype, device, lambda name: elsewhere.get(name, name), ignore)
-    model.files = {name: (path / name).read_bytes() for name in COMPANIONS if (path / name).is_file()}
+    model.files = companions(path)
     return model

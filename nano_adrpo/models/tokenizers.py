@@ -1,8 +1,8 @@
 """Texts to token ids, as the text encoders of SD3 and the CLIP and BLIP models of the rewards were trained to see them.
 
-`open_tokenizer` opens any tokenizer.json. `PromptTokenizer` is that of CLIP and SD3's encoders, from a folder with
-tokenizer_config.json and either tokenizer.json or CLIP's vocab.json and merges.txt. `BertTokenizer` is BLIP's. The ids are
-those that transformers makes of the same folders.
+`open_tokenizer` opens any tokenizer.json, `byte_pairs` the vocab.json and merges.txt of Qwen2 and GPT-2. `PromptTokenizer` is
+that of CLIP and SD3's encoders, from a folder with tokenizer_config.json and either tokenizer.json or CLIP's vocab.json and
+merges.txt. `BertTokenizer` is BLIP's. The ids are those that transformers makes of the same folders.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch.nn.utils.rnn import pad_sequence
 
 from nano_adrpo import files
@@ -113,16 +113,9 @@ class PromptTokenizer:
         self.path = path = Path(path)
         self.files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
         where = path / "tokenizer_config.json"
-        self.config = files.read_json(where)
-        if "special_tokens_map.json" in self.files:  # of older folders, where it has the last word
-            special = files.read_json(path / "special_tokens_map.json")
-            self.config = special | self.config if "added_tokens_decoder" in self.config else self.config | special
-        if "added_tokens.json" in self.files and "added_tokens_decoder" not in self.config:  # of older folders too
-            added = {
-                str(i): {"content": content, "special": False}
-                for content, i in files.read_json(path / "added_tokens.json").items()
-            }
-            self.config["added_tokens_decoder"] = added
+        if where.name not in self.files:
+            raise MissingFile(f"{where}: no such file")
+        self.config = settings(self.files, path)
         source = path / "tokenizer.json"
         if source.name not in self.files:
             if "vocab.json" not in self.files:
@@ -172,7 +165,28 @@ CLIP_TOKENS = {name: "<|endoftext|>" for name in ("eos_token", "unk_token", "pad
 
 
 def _content(token):
-    return token["content"] if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def settings(small, folder=""):
+    """The object in tokenizer_config.json, with what older folders have in special_tokens_map.json and added_tokens.json.
+
+    small    {name: bytes} of a folder's small files; `folder` stands before their names in messages
+    """
+    config, special, added = (
+        files.parse_json(small.get(name, "{}"), Path(folder) / name)
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    if "added_tokens_decoder" in config:
+        return special | config
+    added = {str(i): {"content": content} for content, i in added.items()}
+    return config | special | ({"added_tokens_decoder": added} if added else {})
+
+
+def named_tokens(config):
+    """The tokens that have a name in tokenizer_config.json: {"bos_token": "<s>", …}, without those that are null."""
+    named = {f"{name}_token": config.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    return {name: text for name, token in named.items() if isinstance(text := _content(token), str)}
 
 
 def clip_tokenizer(path, config):
@@ -180,8 +194,7 @@ def clip_tokenizer(path, config):
     one blank; words, single digits and runs of punctuation are encoded apart, each ending in </w>."""
     if not (path / "merges.txt").is_file():
         raise MissingFile(f"{path / 'merges.txt'}: no such file; vocab.json needs it")
-    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    merges = read_merges((path / "merges.txt").read_text(encoding="utf-8"))
     names = {name: _content(config[name]) for name in CLIP_TOKENS}
     vocabulary = files.read_json(path / "vocab.json")
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=names["unk_token"]))
@@ -197,6 +210,36 @@ def clip_tokenizer(path, config):
     return tokenizer
 
 
+def read_merges(text):
+    """merges.txt -> the pairs that become one token, in the order in which they were learnt."""
+    return [tuple(line.split()) for line in text.split("\n") if line.strip() and not line.startswith("#version")]
+
+
+# Qwen2 cuts a text into words, single digits, runs of punctuation and white space before it pairs their bytes.
+QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def byte_pairs(small, model_type=None):
+    """Byte-pair encoding of UTF-8 bytes (Radford et al. 2019) from vocab.json and merges.txt: Qwen2's or GPT-2's, as the
+    tokenizer_config.json's tokenizer_class says or else the model's type. small: {name: bytes} of a folder's small files."""
+    config = settings(small)
+    kind = config.get("tokenizer_class") or ("Qwen2Tokenizer" if model_type in ("qwen2", "qwen3") else None)
+    kind = kind.removesuffix("Fast") if isinstance(kind, str) else kind
+    allowed = {"tokenizer_class": ("Qwen2Tokenizer", "GPT2Tokenizer")}
+    configs.only({"tokenizer_class": kind}, allowed, "tokenizer_config.json, where the folder has no tokenizer.json")
+    prefix = bool(config.get("add_prefix_space"))
+    with refused("vocab.json and merges.txt"):
+        merges = read_merges(small["merges.txt"].decode())
+        tokenizer = Tokenizer(models.BPE(files.parse_json(small["vocab.json"], "vocab.json"), merges))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(prefix), decoders.ByteLevel()
+        if kind == "Qwen2Tokenizer":
+            tokenizer.normalizer = normalizers.NFC()
+            words = pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(prefix, use_regex=False)])
+        mark_special(tokenizer, {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"} | config, "vocab.json")
+    return tokenizer
+
+
 def mark_special(tokenizer, config, where):
     """Makes the tokenizer find the special tokens that the config lists in a text too, as transformers does: with "!" as
     padding, every "!" of a prompt is that token. A listed token that the vocabulary lacks is added to it, under its id there.
@@ -207,9 +250,9 @@ def mark_special(tokenizer, config, where):
     named = [config[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(name)]
     tokens = [*named, *more, *config.get("added_tokens_decoder", {}).values()]
     tokens = {_content(token): token for token in tokens}  # the last one counts
-    added = [*ids, *map(_content, more)]
+    marked, added = set(map(_content, [*named, *more])), [*ids, *map(_content, more)]
     for content, token in sorted(tokens.items(), key=lambda item: ids.get(item[0], math.inf)):
-        options = {"special": True} | (token if isinstance(token, dict) else {})
+        options = {"special": content in marked} | (token if isinstance(token, dict) else {})
         flags = {
             flag: options[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized", "special") if flag in options
         }

@@ -1,13 +1,15 @@
 """Rewards by name, weighted sums of them, and a user's own.
 
 A reward is a function of N samples (images, see images.py, or texts, see text.py) and their N prompts -> N numbers; higher is
-better. One that is a model is an nn.Module, so that it can be moved to another device.
+better. One that is a model is an nn.Module, so that it can be moved to another device. A user's own gets copies.
 
 On the command line a reward is NAME:FOLDER or FILE.py:FUNCTION, several are added up, and @ gives a weight: `--reward
 clip_score:FOLDER mine.py:bright@0.5`.
 """
 
 import contextlib
+import copy
+import functools
 import math
 import runpy
 from pathlib import Path
@@ -67,15 +69,19 @@ def checked(given, prompts, name):
     """What the reward `name` gave for N prompts -> [N], float32, on the CPU."""
     try:
         given = np.ascontiguousarray(given) if isinstance(given, np.ndarray) else given  # torch takes no [::-1]
-        values = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
+        values = torch.as_tensor(given)
+        real = not values.is_complex()
+        values = values.detach().to("cpu", torch.float32) if real else values
     except (TypeError, ValueError, OverflowError, RuntimeError):
         kind = type(given).__name__
         raise InputError(f"{name} gave {kind}; expected [{len(prompts)}] numbers, one a sample") from None
+    if not real:
+        raise InputError(f"{name} gave complex numbers; expected [{len(prompts)}] real ones, one a sample")
     if values.shape != (len(prompts),):
         raise InputError(f"{name} gave rewards of shape {list(values.shape)}; expected [{len(prompts)}], one a sample")
     if not values.isfinite().all():
         prompt = str(prompts[int((~values.isfinite()).nonzero()[0])])
-        raise NotFinite(f"a reward of the prompt {prompt!r} is not finite ({name})")
+        raise NotFinite(f"a reward of the prompt {prompt[:60]!r} is not finite ({name})")
     return values
 
 
@@ -84,7 +90,7 @@ def named(specs, models, plain=None, own=lambda reward: reward):
     the models, or the NAME of a plain one; @WEIGHT may follow.
 
     models   {NAME: function of the folder that gives the reward}
-    plain    {NAME: the reward}
+    plain    {NAME: function without arguments that gives the reward}
     own      makes a reward of a user's function
     """
     terms, plain = {}, plain or {}
@@ -94,7 +100,7 @@ def named(specs, models, plain=None, own=lambda reward: reward):
         if name in models and where:
             reward = models[name](where)
         elif what in plain:
-            reward = plain[what]
+            reward = plain[what]()
         elif what.rpartition(":")[0].endswith(".py"):
             name, reward = what.rpartition(":")[2], own(function(what))
         elif Path(what).is_dir():
@@ -124,11 +130,28 @@ def weighted(spec):
 
 
 def function(spec):
-    """FILE.py:FUNCTION -> the function. Runs the file; an exception in it, or later in the function, passes through."""
+    """FILE.py:FUNCTION -> the function. It is called with copies, so that it cannot change what is trained on. Runs the file.
+    An exception in it, or later in the function, passes through; sys.exit() becomes a RuntimeError."""
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
         raise MissingFile(f"{file}: no such file; expected one with the function {name!r}")
-    found = runpy.run_path(file).get(name)
+    with no_exit(file):
+        found = runpy.run_path(file).get(name)
     if not callable(found):
         raise InputError(f"{file}: no function {name!r} in it")
-    return found
+
+    @functools.wraps(found)
+    def call(*given, **by_name):
+        with no_exit(spec):
+            return found(*copy.deepcopy(given), **copy.deepcopy(by_name))
+
+    return call
+
+
+@contextlib.contextmanager
+def no_exit(what):
+    """sys.exit() inside is an error: it would end training as if all were well."""
+    try:
+        yield
+    except SystemExit as end:
+        raise RuntimeError(f"{what} called sys.exit({end.code!r})") from end

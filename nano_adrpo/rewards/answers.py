@@ -1,56 +1,104 @@
-"""Answers that are numbers: which number does a text end in, and is it the right one.
+r"""The answer of a completion: what does it state, and is that right.
 
-Numbers are compared exactly, as fractions: "1,234.50", "$1234.5" and "2469/2" are one number, and 0.3 is three tenths. Nothing
-is evaluated: an answer that is an expression is read for its numbers, not computed.
+What counts stands behind the last thought (<think> … </think>): the last \boxed{…}, or else the rest of the line after the last
+"####", or else the formula of the text's last number. It is a number only if it is a plain one: sign, decimals, thousands
+separators, a fraction, a mixed number, 1.2e3 or 1.2 × 10^3; in front of it may stand "x =" or "≈", behind it a unit or words.
+Currency signs and the dressing of TeX and markdown are passed over. A formula such as 5x, x/2, ±5, x > 5 or 10^6 is no number:
+nothing is evaluated. Numbers are compared exactly, as fractions; 50 % is 50.
 """
 
 import re
 from fractions import Fraction
+from numbers import Rational
 
-# A sign counts only where no operand stands before it: the 2 of "87-2" is positive. Digits in a word, a name or an exponent
-# (H2O, x_1, cm^2) are no numbers. Nor are more than 100 digits, which no answer has.
+LETTER, DECIMAL = r"[^\W\d_]", r"(?:\d+(?:\.\d+)?|\.\d+)"
+DRESSING = [  # (what, what it becomes), in this order
+    (r"\\(?:text|math)\w*\s*\{|\\[,;: ]|~|[^\S\n]", " "),  # fonts, spaces
+    (r"(?<![\w)}\]*_`])[*_`]++(?=\S)|(?<=[^\s*_`])[*_`]++(?![\w({])", ""),  # emphasis: no operand stands beside it
+    (r"(?<=\d)\s*(?=\\[dtc]?frac)", " "),  # one and a half, 1\frac12, is not 11/2
+    (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"\1\2/\3\4"),
+    (r"\^\s*\{?\s*\\circ", "°"),
+    (r"\\approx(?![a-z])|≈", "="),
+    (r"[{}]|\\!|\\[()[\]]|(?:\bUS)?\\?[$€£¥₹]|\\(?=%)", ""),
+    (r"(?:^|(?<==))\s*([-−–])\s+(?=[\d.])", r"\1"),  # no operand stands before this sign
+    (r"(?<![\d.,])\d{1,3}([, '’])\d{3}(?:\1\d{3})*(?!\d|,\d)", lambda match: match[0].replace(match[1], "")),
+]
+DRESSING = [(re.compile(what), becomes) for what, becomes in DRESSING]
 NUMBER = re.compile(
-    r"(?<![\w.^])(?<!\^\{)(?P<sign>(?<![)\]}%])[-−–])?[$€£¥]?"
-    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,100})(?:\.\d{1,100})?|\.\d{1,100})(?!\d)"
-    r"(?P<exponent>[eE][-+]?\d{1,3}(?!\d))?(?![eE][-+]?\d)"
-    r"(?:\s?/\s?(?P<divisor>\d{1,100})(?!\.?\d))?",
-    re.ASCII,
+    rf"(?P<sign>[-−–+]?)(?:(?P<whole>\d+)\s+(?=\d+\s*/))?(?P<over>{DECIMAL})"
+    rf"(?:\s*/\s*(?P<under>{DECIMAL})|(?:[eE]|\s*(?:\\times|\\cdot|[x×·*])\s*10\s*\^\s*)(?P<power>[-−–+]?\d{{1,3}}))?"
+    rf"\s*(?:%|°\s?[CF]?)?"  # then a unit or a word, and what is no part of a formula; a letter right behind is one
+    rf"(?:(?:[ckm]m|[km]g|m[lL]|ft|lbs?|oz|hrs?|[ap]m|/{LETTER}{{3}}|\s+(?:[mgshlL](?!\w)|{LETTER}{{2}}))(?:[^\d\\*^+=<>±]|\^-?\d)*)?"
 )
-# A stated answer with one of these is an expression, not a number: roots, powers of numbers (not of units), fractions like ½.
-EXPRESSION = re.compile(r"\\sqrt|\\pi\b|[√π¼-¾⅐-⅞]|\d\s*\^\s*\{?\s*[-−–]?\d")
+# What stands between the formulas of a text: words that nothing ties to a number, and the ends of sentences.
+TIED = r"(?!(?:minus|negative|plus|times)\b|(?<=\d )(?:and|or)\b)"
+PROSE = re.compile(
+    rf"[、-鿿가-힣，：；！（）]+|(?<![\w\\/])(?:{TIED}{LETTER}{{2,}}+\w*+(?![-+/^(])|[aAI](?=\s))"
+    rf"|(?<={LETTER}):|[.!?;](?=\s|$)|\n"
+)
 
 
 def exact_answer(completion, answer):
-    """1.0 where the completion's final number equals `answer` (a number, or a text with one), else 0.0.
+    r"""1.0 where the completion answers with `answer`, a number or a text, else 0.0. Where that states no number, texts are
+    compared, without regard to case, dressing, kinds of space and punctuation around them.
 
-    >>> exact_answer("6 × 7 is forty-two, so \\\\boxed{42}.", 42), exact_answer("#### 1,000 dollars", "1000.0")
+    >>> exact_answer(r"6 × 7 is forty-two, so \boxed{42}.", 42), exact_answer("#### 1,000 dollars", "1000.0")
     (1.0, 1.0)
+    >>> exact_answer("The answer is **Mars**.", "mars"), exact_answer(r"<think>\boxed{42}", 42)
+    (1.0, 0.0)
     """
-    final = final_number(completion)
-    return float(final is not None and final == number(str(answer)))
+    right = gold(answer)
+    if isinstance(right, Fraction):
+        return float(final_number(completion) == right)
+    said = final_text(completion)
+    return float(said != "" and said == words(right))
+
+
+def final_number(completion):
+    """The number that a completion answers with, a Fraction; None where it answers with none, or with more than a number."""
+    text = after_thought(completion)
+    stated = stated_answer(text)
+    if stated is not None:
+        return number(undressed(stated))
+    formulas = [each for each in PROSE.split(undressed(text)) if re.search(r"\d", each)]
+    return number(formulas[-1]) if formulas else None
+
+
+def final_text(completion):
+    """What a completion answers with, as `words` gives it. Unstated, it is the last line, or what follows "answer is" there."""
+    text = after_thought(completion)
+    stated = stated_answer(text)
+    if stated is None:
+        stated = re.split(r"(?i)\banswer(?:\s+is\b|\s*:)", (text.strip().splitlines() or [""])[-1])[-1]
+    return words(stated)
 
 
 def states_answer(completion):
-    """The format reward: 1.0 where the completion states a number in \\boxed{…} or after "####", else 0.0."""
-    stated = stated_answer(completion)
-    return float(stated is not None and number(stated) is not None)
+    r"""The format reward: 1.0 where the completion states an answer in \boxed{…} or after "####", else 0.0."""
+    return float(bool((stated_answer(after_thought(completion)) or "").strip()))
 
 
-def final_number(text):
-    """The number that a text ends in, a Fraction: the one in its last \\boxed{…}, or else after its last "####", or else its
-    last number. None where there is none. A box or a "####" without a number, or with several, gives None: it is the answer,
-    and the text before it does not count."""
-    stated = stated_answer(text)
-    if stated is not None:
-        return number(stated)
-    numbers = list(NUMBER.finditer(plain(text)))
-    return value(numbers[-1]) if numbers else None
+def gold(answer):
+    """The right answer from a number or a text, which may state it as completions do ("… #### 42"): a Fraction, else a text."""
+    if isinstance(answer, Rational):
+        return Fraction(answer)
+    answer = str(answer)  # of a float too: 0.3 is three tenths
+    stated = stated_answer(answer)
+    stated = (answer if stated is None else stated).strip()
+    value = number(undressed(stated))
+    return stated if value is None else value
+
+
+def after_thought(completion):
+    """The text behind the last closed thought; "" where a thought is not closed."""
+    text = completion.rpartition("</think>")[2]
+    return "" if "<think>" in text else text
 
 
 def stated_answer(text):
-    """What the last whole \\boxed{…} holds, or else the rest of the line after the last "####", or else None."""
+    r"""What the last whole \boxed{…} holds, or else the rest of the line after the last "####", or else None."""
     stop = len(text)
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
+    for start in reversed([match.end() for match in re.finditer(r"\\(?:f?boxed|fbox)\s*\{", text)]):
         depth = 1
         for end in range(start, stop):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -63,25 +111,25 @@ def stated_answer(text):
 
 
 def number(text):
-    """The only number of a text, or of what follows its last "=", a Fraction. None where it has no number or several, or is
-    an expression."""
-    text = re.sub(r"^\s*([-−–])\s+", r"\1", plain(text).rpartition("=")[2])  # joins a sign to its number: "- 5" is −5
-    numbers = list(NUMBER.finditer(text))
-    return value(numbers[0]) if len(numbers) == 1 and not EXPRESSION.search(text) else None
-
-
-def plain(text):
-    """A text without the TeX around its numbers, such as \\frac{1}{2}, 1{,}000, 1\\,000, \\$5 and 5\\text{ cm}."""
-    text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # keeps one and a half, 1\frac{1}{2}, from becoming 11/2
-    text = re.sub(r"\\[dt]?frac\s*\{\s*([-−–]?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2", text)
-    text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\\$", "$")
-    return re.sub(r"\\(?:text|mathrm)\s*\{|\.{2,}", " ", text)
-
-
-def value(match):
-    """The Fraction that a match of NUMBER stands for; None for a division by zero."""
-    divisor = int(match["divisor"] or 1)
-    if divisor == 0:
+    """The Fraction that an undressed text such as "x = 1234.50 dollars" states; None where it is no plain number."""
+    before, _, text = text.rpartition("=")
+    match = NUMBER.fullmatch(text.strip(" \n\"'“”‘’()[]#:;,").rstrip(". ")) if len(text) < 1000 else None
+    if not match or re.search(rf"[<>≤≥≠!,;]|=[^=]*{LETTER}{{2}}", before.lstrip(" ,")):  # x > = 5; x = 2 or x = 5
         return None
-    whole = Fraction(match["digits"].replace(",", "") + (match["exponent"] or "")) / divisor
-    return -whole if match["sign"] else whole
+    over, under, power = match["over"], match["under"] or "1", re.sub("[−–]", "-", match["power"] or "0")
+    if not Fraction(under) or match["whole"] and "." in over + under:
+        return None
+    value = int(match["whole"] or 0) + Fraction(over) / Fraction(under) * Fraction(10) ** int(power)
+    return -value if match["sign"] in set("-−–") else value
+
+
+def undressed(text):
+    """A text without the dressing that TeX and markdown put around numbers, and without thousands separators."""
+    for what, becomes in DRESSING:
+        text = what.sub(becomes, text)
+    return text
+
+
+def words(text):
+    """A text for comparison: undressed, in lower case, with single spaces, without quotes and punctuation around it."""
+    return " ".join(undressed(text).casefold().split()).strip(" .,;:!?\"'“”‘’()[]*_`")

@@ -93,10 +93,12 @@ class TextToImage:
         """Integrates the model's ODE from noise x0 [B, C, H, W] -> latents like x0.
 
         condition        what to draw: B prompts
-        negative         what guidance leads away from: B prompts, or one for all; needed where guidance is not 1
-        times, method    see ode.sample; guidance: see ode.guide
+        negative         what guidance leads away from: B prompts, or one for all; needed where there is guidance
+        guidance         the scale of ode.guide; up to 1 there is none, as in diffusers
+        times, method    see ode.sample
         """
-        if guidance != 1:
+        guidance = max(guidance, 1.0)
+        if guidance > 1:
             if negative is None:
                 raise InputError(f'guidance is {guidance} without a negative condition; expected one, such as encode([""])')
             if len(negative) == 1:

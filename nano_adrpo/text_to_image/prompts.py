@@ -4,9 +4,14 @@ Prompts are encoded once, before the transformer is loaded: SD3's text encoders 
 the result to disk, so that a second run loads no encoder at all.
 """
 
+import csv
 import hashlib
+import io
 import json
+import re
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,21 +22,86 @@ from nano_adrpo.text_to_image.condition import Condition
 from nano_adrpo.text_to_image.sd3 import PARTS, PromptEncoder, Release
 
 
+class Prompt(NamedTuple):
+    text: str
+    category: str = ""  # "": none
+
+    def __str__(self):
+        return self.text
+
+
 def read_prompts(file):
-    """The prompts in a file: one a line, or in a .jsonl file a JSON object with a text "prompt" a line. Empty lines are passed
-    over. Raises MissingFile, or InputError naming the file and the line."""
-    if Path(file).suffix == ".jsonl":
-        prompts = []
-        for number, values in files.read_json_lines(file):
-            if not isinstance(values.get("prompt"), str):
-                raise InputError(f'{file}, line {number}: expected a JSON object with a text "prompt"')
-            prompts.append(values["prompt"])
+    """The prompts in a file, [Prompt], see `read_rows`."""
+    return [Prompt(row["prompt"], str(row.get("category") or "")) for row in read_rows(file)]
+
+
+def read_rows(file, names=("prompt",)):
+    """The rows of a file of prompts: dicts with a text under "prompt" and whatever else the row holds, such as "category".
+
+    file    its ending, in capitals or not, tells its format:
+              .txt or none      a prompt a line, its first character may be "#"; empty lines are passed over
+              .jsonl, .ndjson   a JSON object a line
+              .json             a list of texts and objects
+              .csv, .tsv        a table whose first line names the columns (in capitals or not), with commas or with tabs
+    names   the keys or columns that a prompt may stand under; the first that a row has counts
+
+    Raises MissingFile, or InputError in one line with the file and the place in it.
+    """
+    ending = Path(file).suffix.lower()
+    if ending in (".jsonl", ".ndjson"):
+        rows = [(f"line {number}", values) for number, values in files.read_json_lines(file)]
+    elif ending == ".json":
+        listed = enumerate(files.parse_json(files.read_text(file), file, list), 1)
+        rows = [(f"item {number}", {"prompt": item} if isinstance(item, str) else item) for number, item in listed]
+    elif ending in (".csv", ".tsv"):
+        rows = list(read_table(file, "," if ending == ".csv" else "\t", names))
+    elif ending in (".txt", ""):
+        rows = read_lines(file, names)
     else:
-        # Not splitlines(), which ends a line at U+2028, too.
-        prompts = [line.strip() for line in files.read_text(file).split("\n") if line.strip()]
-    if not prompts:
-        raise InputError(f"{file}: no prompts in it; expected one a line")
-    return prompts
+        known = "a prompt a line in .txt, or .json, .jsonl, .ndjson, .csv, .tsv"
+        raise InputError(f"{file}: the ending {ending!r} is no known format of prompts; expected {known}")
+    if not rows:
+        raise InputError(f"{file}: no prompts in it; expected at least one")
+    quoted = " or ".join(f'"{name}"' for name in names)
+    for where, row in rows:
+        prompt = next((row[name] for name in names if name in row), None) if isinstance(row, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f"{file}, {where}: expected an object with a text {quoted}")
+        row["prompt"] = prompt
+    return [row for _, row in rows]
+
+
+def read_lines(file, names):
+    """[(place, row)] of a file with a prompt a line. Refuses JSON and tables, which are no prompts a line."""
+    lines = [line.strip() for line in files.read_text(file).split("\n")]  # splitlines() would end a line at U+2028, too
+    lines = [(f"line {number}", {"prompt": line}) for number, line in enumerate(lines, 1) if line]
+    first = lines[0][1]["prompt"] if lines else ""
+    # Brackets alone do not make JSON: some prompts have them, for example [cat:dog:0.5] or {red|blue} roses.
+    if re.fullmatch(r'[\[{]\s*[\]}]?|(\{\s*"|\[\s*["{\[]).*', first):
+        raise InputError(f"{file}, {lines[0][0]}: this is JSON; expected the ending .json, or .jsonl for an object a line")
+    if any(cell.strip(' "').lower() in names for mark in ",;\t" for cell in first.split(mark)):
+        raise InputError(f"{file}, {lines[0][0]}: this is the first line of a table; expected the ending .csv or .tsv")
+    return lines
+
+
+def read_table(file, delimiter, names):
+    """Yields (place, row) of a table with one of the columns `names`; the names of its columns are turned to small letters."""
+    lines = csv.reader(io.StringIO(files.read_text(file)), delimiter=delimiter, strict=True)
+    header = None
+    try:
+        for cells in filter(None, lines):
+            where = f"line {lines.line_num}"
+            if header is None:
+                header = [cell.strip().lower() for cell in cells]
+                if not any(header.count(name) == 1 for name in names):
+                    found = textwrap.shorten(repr(cells), 80)
+                    raise InputError(f"{file}, {where}: the columns are {found}; expected one that is called {names[0]!r}")
+            elif len(cells) != len(header):
+                raise InputError(f"{file}, {where}: {len(cells)} cells; expected {len(header)}, one for each column")
+            else:
+                yield where, dict(zip(header, cells))
+    except csv.Error as error:
+        raise InputError(f"{file}, line {lines.line_num}: not a table ({error})") from None
 
 
 def cached(file, prompts, negative_prompt, path, dtype=None, device=None, base=None, t5="load", t5_tokens=256):

@@ -78,7 +78,8 @@ def optimisation(parser, targets, **defaults):
     flag(add, "--gradient-checkpointing", False, "keep block inputs only and recompute the rest: less memory")
     add("--lora-rank", type=positive(int, zero=True), default=0, help="rank of adapters to train; 0 trains all weights")
     add("--lora-alpha", type=positive(float), help="the adapters' strength is alpha / rank; default the rank")
-    add("--lora-targets", nargs="+", help="names of layers to adapt; default " + " ".join(targets))
+    add("--lora-targets", nargs="+", help="names of layers to adapt, or all-linear; default " + " ".join(targets))
+    add("--adapter", help="PEFT's or diffusers' adapter to train on; the reference is the model with it as it is at the start")
     add("--ema", type=fraction, default=0.0, help="decay of a moving average of what is trained, evaluated and saved; 0: none")
     parser.set_defaults(**defaults)
     return add
@@ -99,6 +100,16 @@ def run(parser, **defaults):
     return add
 
 
+def chat(add):
+    """Adds how questions become prompts and where completions end: the options of language.chat.TextCodec."""
+    add("--system", metavar="TEXT", help="the system message; default what the chat template writes of itself")
+    add(
+        "--chat-template", metavar="FILE", help="of the model, instead of its folder's; none: a question is the prompt as it is"
+    )
+    add("--thinking", choices=("on", "off"), help="for templates that read enable_thinking; default as they have it")
+    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="texts that end a completion, too")
+
+
 def parse(parser, argv):
     """Command line -> options, those of --config first. Raises InputError naming the file and the option."""
     argv = sys.argv[1:] if argv is None else argv
@@ -108,7 +119,14 @@ def parse(parser, argv):
     args = parser.parse_args([*(words(parser, file, argv) if file else []), *argv])
     if args.lora_rank == 0 and (args.lora_alpha or args.lora_targets):
         raise InputError("--lora-alpha and --lora-targets: expected only with --lora-rank")
+    if args.lora_rank and args.adapter:
+        raise InputError("--lora-rank and --adapter: expected one of them, new adapters or those to train on")
     return args
+
+
+def adapted(args):
+    """Whether adapters are trained, not all weights."""
+    return bool(args.lora_rank or args.adapter)
 
 
 def words(parser, file, argv):
@@ -123,6 +141,8 @@ def words(parser, file, argv):
             continue
         if isinstance(value, bool):
             found.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, list) and name == "stop":
+            found += [f"{option}={text}" for text in value]  # "---" is no option there
         elif isinstance(value, list):
             found += [option, *map(str, value)]
         else:

@@ -1,6 +1,7 @@
 """A run's folder, log and messages."""
 
 import contextlib
+import datetime
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 
 from nano_adrpo import files, lora
 from nano_adrpo.errors import InputError
+from nano_adrpo.training import options
 
 
 def refuse_used(out):
@@ -82,11 +84,11 @@ def save_checkpoint(network, save_model, args, out, ema, round):
     --keep-checkpoints also below round-N/. -> words that name it"""
     for folder in [out, *([out / f"round-{round}"] if args.keep_checkpoints else [])]:
         with ema.applied():
-            if args.lora_rank:
+            if options.adapted(args):
                 lora.save(network, folder / "adapter")
             else:
                 save_model(folder / "model")
-    return f"{out / ('adapter' if args.lora_rank else 'model')} (round {round})"
+    return f"{out / ('adapter' if options.adapted(args) else 'model')} (round {round})"
 
 
 class Phases:
@@ -122,20 +124,32 @@ class Phases:
 
 
 class Log:
-    """metrics.jsonl, one JSON object a line, and a line on the console with the time that is left.
+    """metrics.jsonl, one JSON object a line, and lines on the console with the time of a round and the time that is left.
 
     The file holds no clock readings, so that two runs of one seed write the same bytes.
     """
 
     def __init__(self, file, rounds):
-        self.file, self.rounds, self.start = Path(file), rounds, time.monotonic()
+        self.file, self.rounds, self.done, self.start = Path(file), rounds, 0, time.monotonic()
 
     def write(self, round, values, spent=""):
+        """values: {name: number} of the round; {NAME: {metric: number}} of an evaluation, with {NAME_error: {metric: standard
+        error}} where errors are known. spent: words about time."""
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"round": round, **values}) + "\n")
-        numbers = "  ".join(f"{name} {value:.3g}" for name, value in values.items() if not isinstance(value, dict))
-        left = f"  {(time.monotonic() - self.start) / round * (self.rounds - round):.0f} s left" if round else ""
-        print(f"round {round}/{self.rounds}  {numbers}  {spent}{left}", flush=True)
+        words = [f"{name} {value:.3g}" for name, value in values.items() if not isinstance(value, dict)]
+        if round == 0:
+            self.start = time.monotonic()  # the evaluation before the first round is none
+        else:
+            self.done += 1
+            each = (time.monotonic() - self.start) / self.done
+            spent += f"  {each:.2g} s/round  {datetime.timedelta(seconds=int(each * (self.rounds - round)))} left"
+        print("  ".join([f"round {round}/{self.rounds}", *words, spent.strip()]), flush=True)
+        for name, found in values.items():
+            if isinstance(found, dict) and not name.endswith("_error"):
+                errors = values.get(f"{name}_error", {})
+                words = [f"{metric} {with_error(value, errors.get(metric), '.3g')}" for metric, value in found.items()]
+                print("  ".join([f"  {name}", *words]), flush=True)
 
 
 def rounds(args):
@@ -148,10 +162,26 @@ def evaluation_is_due(args, round):
     return round % args.eval_every == 0 or round == args.rounds
 
 
-def note_scale(beta0, reward_std, normalized):
-    """Prints once what β0 is to be compared with. normalized: whether A is divided by the reward's deviation."""
-    unit = "deviations of the reward within a group, as A is" if normalized else "units of the reward, as A is"
-    print(f"β0 = {beta0:g} in {unit}; that deviation is {reward_std:.3g}", flush=True)
+def scale(args, deviation):
+    """Prints what β0 comes to. -> the unit of --beta-unit in units of the reward, and β0 in units of the reward
+
+    deviation   the reward's deviation within a group, in units of the reward
+    """
+    if args.beta_unit == "reward":
+        print(f"β0 = {args.beta0:g} in units of the reward, whose deviation within a group is {deviation:.3g}", flush=True)
+        return 1.0, args.beta0
+    if deviation == 0 and args.rounds > 0:
+        raise InputError(
+            "--beta-unit deviation: no two rewards of a group differ in the first evaluation; expected some, or reward"
+        )
+    beta0 = args.beta0 * deviation
+    print(f"β0 = {args.beta0:g} deviations of the reward within a group = {beta0:.3g} in units of the reward", flush=True)
+    return deviation, beta0
+
+
+def note_scale(beta0, deviation):
+    """Prints once what β0 is to be compared with where A is divided by the deviation of its own group."""
+    print(f"β0 = {beta0:g} in deviations of the reward within a group, as A is; that deviation is {deviation:.3g}", flush=True)
 
 
 def still_flat(flat, zero_spread, round, rounds):
@@ -165,7 +195,20 @@ def still_flat(flat, zero_spread, round, rounds):
     return flat
 
 
-def print_table(first, last):
-    """The closing table: each metric of the first evaluation and of the last, which may be the same one."""
-    for name, value in last.items():
-        print(f"{name:16s} " + (f"{value:8.4f}" if first is last else f"{first[name]:8.4f} -> {value:8.4f}"))
+def print_table(columns):
+    """The closing table. columns: {title: (the first evaluation, the last one)}, each ({metric: number}, {metric: its standard
+    error, where it is known})."""
+    print(" " * 18 + "   ".join(f"{title:40s}" for title in columns).rstrip())
+    for metric in dict.fromkeys(metric for _, (last, _) in columns.values() for metric in last):
+        cells = []
+        for first, last in columns.values():
+            shown = [
+                with_error(values[metric], errors.get(metric)) if metric in values else "" for values, errors in (first, last)
+            ]
+            cells.append(shown[1] if first == last else f"{shown[0]:18s} -> {shown[1]}")
+        print(f"{metric:18s}" + "   ".join(f"{cell:40s}" for cell in cells).rstrip())
+
+
+def with_error(value, error=None, digits="8.4f"):
+    """A number and its standard error, where it is known."""
+    return f"{value:{digits}}" + ("" if error is None else f" ± {error:.2g}")

@@ -8,7 +8,7 @@ import torch
 
 from nano_adrpo import lora
 from nano_adrpo.errors import NotFinite
-from nano_adrpo.training.options import DTYPES
+from nano_adrpo.training.options import DTYPES, adapted
 
 
 def autocast(args):
@@ -19,27 +19,44 @@ def autocast(args):
 
 def weight_dtype(args):
     """The dtype that a policy is loaded in: float32 where its weights are trained; --dtype where adapters leave them frozen."""
-    return DTYPES[args.dtype] if args.lora_rank else torch.float32
+    return DTYPES[args.dtype] if adapted(args) else torch.float32
 
 
 def reference_of(network, adapters):
     """Keeps the network as it is now, as the reference. -> a function: inside `with reference() as frozen:`, frozen is that
     network and nothing gets a gradient.
 
-    adapters   True: the network with its adapters off, no second copy. False: a frozen copy
+    adapters   True: no second copy of the network; its adapters are off if they are new, else as they are now. False: a
+               frozen copy
     """
     frozen = None if adapters else copy.deepcopy(network).requires_grad_(False)
+    new = adapters and not any(layer.lora_B.weight.any() for layer in lora.adapted(network).values())
+    parameters = trained(network) if adapters else []
+    start = [parameter.detach().clone() for parameter in parameters]
 
     @contextlib.contextmanager
     def reference():
         with torch.no_grad():
-            if adapters:
-                with lora.disabled(network):
-                    yield network
-            else:
+            if not adapters:
                 yield frozen
+            else:
+                with lora.disabled(network) if new else holding(parameters, start):
+                    yield network
 
     return reference
+
+
+@contextlib.contextmanager
+def holding(parameters, values):
+    """Inside, the parameters have these values, tensors of the same shapes."""
+    current = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, data in zip(parameters, current):
+            parameter.data = data
 
 
 def trained(network):
@@ -96,14 +113,6 @@ class MovingAverage:
         for average, parameter in zip(self.average, self.parameters):
             average.lerp_(parameter, 1 - self.decay)
 
-    @contextlib.contextmanager
     def applied(self):
         """Inside, the model has the average for its weights."""
-        current = [p.data for p in self.parameters]
-        try:
-            for parameter, average in zip(self.parameters, self.average):
-                parameter.data = average
-            yield
-        finally:
-            for parameter, data in zip(self.parameters, current):
-                parameter.data = data
+        return holding(self.parameters, self.average)

@@ -48,15 +48,23 @@ def test_the_noises_depend_on_the_seed_alone():
 
 def test_samples_of_a_prompt_are_contiguous_and_measured_with_it():
     reward = Rewards({"bright": (bright, 1.0), "length": (length, 10.0)})
-    (values, drawn, right), model = evaluate(
+    (values, errors, drawn, right, rows), model = evaluate(
         reward=reward, v_ref=lambda x, t, rows: 0 * x, negative="none", guidance=2.0, method="heun", seed=1
     )
     x0 = images.noise(8, (1, 2, 2), 1)[0]
     expected = x0 + torch.tensor([1.0] * 4 + [3.0] * 4)[:, None, None, None]
-    assert torch.equal(drawn, expected) and right is None
-    assert list(values) == ["reward", "bright", "length", "pixel_diversity", "w2"]
+    assert torch.equal(drawn, expected) and right is None and rows.tolist() == [0, 1]
+    assert list(values) == ["reward", "bright", "length", "pixel_diversity", "reward_std", "w2"]
     assert values["length"] == 2 and values["bright"] == pytest.approx(expected.mean().item())
     assert values["reward"] == pytest.approx(expected.mean().item() + 20)
+    means = [group.mean().item() for group in (drawn[:4], drawn[4:])]
+    assert errors["bright"] == pytest.approx(abs(means[0] - means[1]) / 2, rel=1e-5) and errors.keys() == {
+        "reward",
+        "bright",
+        "length",
+    }
+    deviation = sum(group.mean(dim=(1, 2, 3)).std() for group in (drawn[:4], drawn[4:])) / 2
+    assert values["reward_std"] == pytest.approx(deviation.item(), rel=1e-4)
     assert values["w2"] == 5  # the mean of 1² and 3²
     pairs = [(a - b).square().mean().sqrt() for g in (drawn[:4], drawn[4:]) for i, a in enumerate(g) for b in g[:i]]
     assert values["pixel_diversity"] == pytest.approx(sum(pairs).item() / 12, rel=1e-5)
@@ -74,8 +82,8 @@ def test_w2_is_measured_on_the_way_from_noise_to_the_samples():
 
 
 def test_batches_change_nothing():
-    (whole, drawn, _), _ = evaluate(v_ref=lambda x, t, rows: x)
-    (batched, again, _), model = evaluate(v_ref=lambda x, t, rows: x, batch=3)
+    (whole, _, drawn, *_), _ = evaluate(v_ref=lambda x, t, rows: x)
+    (batched, _, again, *_), model = evaluate(v_ref=lambda x, t, rows: x, batch=3)
     assert torch.equal(drawn, again) and batched == pytest.approx(whole) and model.drawn[-1] == 3
 
 
@@ -84,12 +92,29 @@ def test_the_judges_first_metric_says_which_images_are_right():
         assert prompts == ["a"] * 4 + ["abc"] * 4
         return {"good": drawn.mean(dim=(1, 2, 3)) > 2, "level": torch.arange(8), "number": 0.5}
 
-    (values, drawn, right), _ = evaluate(judge)
+    (values, _, drawn, right, _), _ = evaluate(judge)
     assert torch.equal(right, drawn.mean(dim=(1, 2, 3)) > 2) and right.any() and not right.all()
     assert values["good"] == right.float().mean().item() and values["level"] == 3.5 and values["number"] == 0.5
-    assert list(values) == ["reward", "pixel_diversity", "good", "level", "number"]
-    (values, _, right), _ = evaluate(lambda drawn, prompts: {"number": 1, "good": torch.ones(8)})
+    assert list(values) == ["reward", "pixel_diversity", "reward_std", "good", "level", "number"]
+    (values, _, _, right, _), _ = evaluate(lambda drawn, prompts: {"number": 1, "good": torch.ones(8)})
     assert right is None and values["number"] == values["good"] == 1
+
+
+def test_some_of_the_prompts_and_their_categories():
+    (values, _, drawn, _, rows), _ = evaluate(rows=[1], categories=["short", "long"])
+    assert torch.equal(drawn, images.noise(4, (1, 2, 2))[0] + 3) and rows.tolist() == [1]
+    assert values["reward/long"] == values["reward"] and "reward/short" not in values
+    found, _ = evaluate(lambda drawn, prompts: {"good": torch.arange(8) > 2}, categories=["short", ""])
+    assert found.values["good/short"] == 1 / 4 and [name for name in found.values if "/" in name] == ["good/short"]
+    assert found.summary == "5 of 8 right"
+    second = found.some([1])
+    assert torch.equal(second.images, found.images[4:]) and second.right.all() and second.rows.tolist() == [1]
+    assert second.summary == "4 of 4 right" and evaluate()[0].some([0]).summary.startswith("reward ")
+
+
+def test_evenly_spaced_rows():
+    assert images.evenly(3, 10) == [0, 1, 2] and images.evenly(1, 10) == [0]
+    assert images.evenly(40, 10) == [0, 4, 8, 13, 17, 21, 26, 30, 34, 39]
 
 
 def test_embeddings_give_a_diversity_and_the_reward_is_moved():
@@ -109,7 +134,7 @@ def test_embeddings_give_a_diversity_and_the_reward_is_moved():
 
     reward = Rewards({"clip": (Clip(), 1.0)})
     for normalize, distance in ((True, 2**0.5), (False, 10**0.5)):
-        values, _ = images.score(torch.zeros(2, 1, 2, 2), ["a", "a"], 2, reward, None, "cpu", normalize=normalize)
+        values, _, _ = images.score(torch.zeros(2, 1, 2, 2), ["a", "a"], 2, reward, None, "cpu", normalize=normalize)
         assert values["clip_diversity"] == pytest.approx(distance)
     assert moves == ["cpu"] * 4
 
@@ -120,13 +145,13 @@ def test_scores_are_in_float32_inside_autocast():
 
     drawn = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     reward, judge = Rewards({"product": (product, 1.0)}), lambda drawn, prompts: {"judged": product(drawn, prompts)}
-    outside, _ = images.score(drawn, ["a", "a"], 2, reward, judge, "cpu")
+    outside, _, _ = images.score(drawn, ["a", "a"], 2, reward, judge, "cpu")
     with torch.autocast("cpu", torch.bfloat16):
         assert product(drawn, None).mean().item() != outside["reward"]
-        inside, _ = images.score(drawn, ["a", "a"], 2, reward, judge, "cpu")
+        inside, _, _ = images.score(drawn, ["a", "a"], 2, reward, judge, "cpu")
     assert inside == outside and math.isfinite(inside["judged"])
 
 
-def test_one_sample_a_prompt_is_refused():
-    with pytest.raises(ValueError, match="expected groups of at least 2"):
-        images.score(torch.zeros(2, 1, 2, 2), ["a", "b"], 1, Rewards({"bright": (bright, 1.0)}), None, "cpu")
+def test_one_sample_a_prompt_has_no_diversity():
+    values, _, _ = images.score(torch.zeros(2, 1, 2, 2), ["a", "b"], 1, Rewards({"bright": (bright, 1.0)}), None, "cpu")
+    assert values["reward"] == 0 and math.isnan(values["pixel_diversity"])

@@ -23,11 +23,6 @@ def figures(monkeypatch):
     return found
 
 
-def test_which_prompts_are_shown():
-    assert plots.shown(3) == [0, 1, 2] and plots.shown(1) == [0]
-    assert plots.shown(40) == [0, 4, 8, 13, 17, 21, 26, 30, 34, 39]
-
-
 def test_grids_have_a_row_per_prompt_and_frames_where_a_judge_looked(tmp_path, figures):
     images = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 1, 4, 4)
     right = {"after": torch.tensor([True, False, False, True, True, True]), "before": None}
@@ -60,6 +55,37 @@ def test_curves_have_a_panel_per_metric_that_says_which_way_is_better(tmp_path, 
     assert (axes[3].get_xlabel(), axes[3].get_ylabel()) == (
         "W2 (to the reference, lower is nearer)", "reward (higher is better)",
     )  # fmt: skip
+
+
+def test_curves_tell_training_from_held_out_prompts(tmp_path, figures):
+    rows = [{"round": n, "eval": {"reward": n, "joint/binding": 1}, "eval_train": {"reward": n + 1}} for n in (0, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plots.curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl", "reward")
+    panel = figures[0].axes[0]
+    assert [line.get_xydata().tolist() for line in panel.lines] == [[[0, 0], [5, 5]], [[0, 1], [5, 6]]]
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["held-out", "training"]
+    assert [axis.get_title() for axis in figures[0].axes] == ["reward", ""]
+
+
+def test_shares_are_stacked_right_ones_below_in_greens(tmp_path, figures):
+    shares = [
+        {"wrong/guessed": 0.7, "right/slow": 0.1, "right/fast": 0.2},
+        {"wrong/guessed": 0.0, "right/slow": 0.4, "right/fast": 0.6},
+    ]
+    rows = [{"round": 10 * n, "eval": {"reward": 1, **values}} for n, values in enumerate(shares)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plots.shares(tmp_path / "shares.png", tmp_path / "metrics.jsonl")
+    axis = figures[0].axes[0]
+    slow, fast, guessed = axis.collections
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in (slow, fast, guessed)]
+    assert tops == pytest.approx([0.4, 1.0, 1.0]) and axis.get_ylim() == (0, 1) and axis.get_xlim() == (0, 10)
+    for area, green in ((slow, True), (fast, True), (guessed, False)):
+        red, tone, blue, _ = area.get_facecolor()[0]
+        assert (tone > max(red, blue) + 0.05) == green and (abs(red - blue) < 0.01) >= (not green)
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["wrong: guessed", "right: fast", "right: slow"]
+    (tmp_path / "metrics.jsonl").write_text('{"round": 0, "eval": {"reward": 1}}\n')
+    plots.shares(tmp_path / "none.png", tmp_path / "metrics.jsonl")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_trade_offs_name_every_end_and_cover_nothing(tmp_path, figures):

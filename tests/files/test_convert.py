@@ -1,5 +1,6 @@
 """The convert command: tensors of a pickle as safetensors; nothing of a pickle is run."""
 
+import json
 import pickle
 import sys
 
@@ -50,6 +51,78 @@ def test_convert_unwraps_a_state_dict(tmp_path, capsys):
         }
     said = capsys.readouterr().out
     assert "reading 'model'; left out beside it: epoch\n" in said and "reading 'state_dict'; left out beside it: lr\n" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["_orig_mod.{}", "module.{}", "module._orig_mod.{}", "module.module.{}", "_fsdp_wrapped_module.{}"]
+)
+def test_names_lose_what_torchs_wrappers_added(tmp_path, capsys, name):
+    keys = ("model.layers.0.weight", "module_list.weight", "model.module.weight")
+    state = {name.format(key): torch.tensor([float(i)]) for i, key in enumerate(keys)}
+    torch.save({"model_state_dict": state | {"step": 3}, "optimizer": {}}, tmp_path / "x.pt")
+    convert.convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+    assert load_file(tmp_path / "x.safetensors") == {key: torch.tensor([float(i)]) for i, key in enumerate(keys)}
+    assert f"added: {name.format(keys[0])} is {keys[0]}\n" in capsys.readouterr().out
+
+
+def test_a_prefix_of_some_keys_belongs_to_the_model(tmp_path):
+    torch.save({"module.a": torch.ones(1), "b": torch.zeros(1), "layer._orig_mod.c": torch.ones(1)}, tmp_path / "x.pt")
+    convert.convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+    assert load_file(tmp_path / "x.safetensors").keys() == {"module.a", "b", "layer.c"}
+    torch.save({"_orig_mod.a": torch.ones(1), "a": torch.zeros(1)}, tmp_path / "y.pt")
+    with pytest.raises(ValueError, match="y.pt: two keys have one name"):
+        convert.convert(tmp_path / "y.pt", tmp_path / "y.safetensors")
+
+
+def bins(folder, **shards):
+    """A model folder of .bin files as transformers wrote them, and what lay beside."""
+    folder.mkdir()
+    names = [f"pytorch_model-{i + 1:05d}-of-{len(shards):05d}.bin" for i in range(len(shards))]
+    weight_map = {}
+    for name, tensors in zip(names if len(names) > 1 else ["pytorch_model.bin"], shards.values()):
+        torch.save(tensors, folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(names) > 1:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for name in ("config.json", "tokenizer.model", "merges.txt", "training_args.bin", "tf_model.h5", ".hidden", "modeling.py"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_a_folder_of_shards_becomes_one_with_an_index(tmp_path, monkeypatch):
+    tensors = {"a": torch.ones(2), "b": torch.zeros(3)}, {"c": torch.full((1,), 7.0)}
+    folder, out = bins(tmp_path / "in", one=tensors[0], two=tensors[1]), tmp_path / "new" / "out"
+    run_convert(monkeypatch, folder, out)
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    small = {"config.json", "tokenizer.model", "merges.txt"}
+    assert {file.name for file in out.iterdir()} == {*shards, "model.safetensors.index.json", *small}
+    assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"] == dict(
+        zip("abc", [shards[0]] * 2 + shards[1:])
+    )
+    file = Checkpoint(out)
+    assert all(torch.equal(file.read(key), value) for some in tensors for key, value in some.items())
+    convert.convert_folder(bins(tmp_path / "single", one=tensors[0]), tmp_path / "one")
+    assert {file.name for file in (tmp_path / "one").iterdir()} == {"model.safetensors", *small}
+
+
+def test_folders_that_are_not_converted(tmp_path, monkeypatch, capsys):
+    folder = bins(tmp_path / "in", one={"a": torch.ones(2)}, two={"b": torch.ones(2)})
+    (tmp_path / "used").mkdir(), (tmp_path / "empty").mkdir()
+    (tmp_path / "used" / "mine").touch()
+    for source, out, message in (
+        (folder, tmp_path / "used", "used: exists; expected a new or empty folder"),
+        (tmp_path / "empty", tmp_path / "out", "empty: no .bin file in this folder"),
+    ):
+        with pytest.raises(SystemExit):
+            run_convert(monkeypatch, source, out)
+        assert message in capsys.readouterr().err
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="00002-of-00002.bin: no such file; an index lists it"):
+        convert.convert_folder(folder, tmp_path / "out")
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match="pytorch_model.bin.index.json: expected a 'weight_map'"):
+        convert.convert_folder(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_convert_overwrites_nothing(tmp_path, monkeypatch, capsys):

@@ -7,36 +7,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from png_files import chunk, encoded, filtered, png
 
 from nano_adrpo.files import png as images
-
-
-def chunk(kind, content, checksum=None):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum or zlib.crc32(kind + content))
-
-
-def png(width, height, colour, rows, depth=8, interlaced=0, before=b"", parts=1):
-    """A PNG of already filtered `rows`, its pixels in `parts` chunks."""
-    pixels = zlib.compress(b"".join(rows))
-    cuts = [len(pixels) * i // parts for i in range(parts + 1)]
-    idat = b"".join(chunk(b"IDAT", pixels[a:b]) for a, b in zip(cuts, cuts[1:]))
-    header = chunk(b"IHDR", struct.pack(">2I5B", width, height, depth, colour, 0, 0, interlaced))
-    return b"\x89PNG\r\n\x1a\n" + header + before + idat + chunk(b"IEND", b"")
-
-
-def filtered(pixels, filters):
-    """Rows of bytes [H][W * depth] as PNG stores them, one byte at a time, by the definitions of the specification."""
-    height, width, depth = pixels.shape
-    rows, value = [], np.pad(pixels.astype(int), ((1, 0), (1, 0), (0, 0)))  # zeros above and at the left
-    for y, kind in enumerate(filters):
-        row = [kind]
-        for x in range(width):
-            for c in range(depth):
-                left, above, corner = value[y + 1, x, c], value[y, x + 1, c], value[y, x, c]
-                paeth = min((left, above, corner), key=lambda v: abs(left + above - corner - v))  # the first of equals
-                row.append((pixels[y, x, c] - [0, left, above, (left + above) // 2, paeth][kind]) % 256)
-        rows.append(bytes(row))
-    return rows
 
 
 def levels(image):
@@ -111,11 +84,52 @@ def test_a_palette_is_looked_up(tmp_path):
     assert levels(images.read_png(tmp_path / "x.png")) == [[[1, 2, 3], [255, 0, 0], [1, 2, 3]]]
 
 
+def test_small_numbers_of_bits_by_hand(tmp_path):
+    """1, 2 and 4 bits, grey and in a palette; a row's last byte may have bits that are no pixels."""
+    palette = chunk(b"PLTE", bytes(range(48)))
+    for depth, colour, row, expected in (
+        (1, 0, [0b10110000, 0b01111111], [255, 0, 255, 255, 0, 0, 0, 0, 0]),
+        (2, 0, [0b00011011], [0, 85, 170, 255]),
+        (4, 0, [0x0F, 0x1F], [0, 255, 17]),
+        (2, 3, [0b00011011], [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]),
+        (4, 3, [0x0F, 0x1F], [[0, 1, 2], [45, 46, 47], [3, 4, 5]]),
+    ):
+        content = png(len(expected), 1, colour, [bytes([0, *row])], depth, before=palette if colour == 3 else b"")
+        (tmp_path / "x.png").write_bytes(content)
+        pixels = [[pixel] if colour == 0 else pixel for pixel in expected]
+        assert levels(images.read_png(tmp_path / "x.png")) == [pixels], (depth, colour)
+
+
+def test_all_levels_of_sixteen_bits_are_kept(tmp_path):
+    numbers = [0, 1, 255, 256, 32767, 32768, 65534, 65535]
+    row = bytes([0]) + struct.pack(">8H", *numbers)
+    (tmp_path / "x.png").write_bytes(png(8, 1, 0, [row], depth=16))
+    read = images.read_png(tmp_path / "x.png")
+    assert torch.allclose(read, torch.tensor([[[number / 32767.5 - 1 for number in numbers]]]), rtol=0, atol=1.2e-7)
+    assert read.unique().numel() == 8 and (read.min(), read.max()) == (-1, 1)
+
+
+def test_interlaced_by_hand(tmp_path):
+    """3 × 2 pixels: passes 1 (the first pixel), 4 (two to the right of it), 6 (odd columns) and 7 (odd rows) hold some."""
+    (tmp_path / "x.png").write_bytes(png(3, 2, 0, [b"\0\1", b"\0\3", b"\0\2", b"\0\4\5\6"], interlaced=1))
+    assert levels(images.read_png(tmp_path / "x.png")) == [[[1], [2], [3]], [[4], [5], [6]]]
+
+
+@pytest.mark.parametrize("colour, depth", [(0, 1), (0, 16), (2, 8), (3, 4), (6, 16)])
+def test_interlaced_files_hold_the_same_image(tmp_path, colour, depth):
+    palette = chunk(b"PLTE", bytes(range(48))) if colour == 3 else b""
+    for size in ((1, 1), (5, 3), (8, 9), (17, 10)):
+        numbers = np.random.default_rng(0).integers(0, 2**depth, (*size, {0: 1, 2: 3, 3: 1, 6: 4}[colour]))
+        for name, interlaced in (("a.png", 0), ("b.png", 1)):
+            (tmp_path / name).write_bytes(encoded(numbers, colour, depth, interlaced, palette))
+        assert torch.equal(images.read_png(tmp_path / "a.png"), images.read_png(tmp_path / "b.png"))
+
+
 WHOLE = png(2, 1, 0, [bytes([0, 1, 2])])
 ROW = [bytes([0, 1, 2])]
 BAD = {
     "empty": (b"", "not a PNG file"),
-    "jpeg": (b"\xff\xd8\xff\xe0" + bytes(50), "not a PNG file"),
+    "jpeg": (b"\xff\xd8\xff\xe0" + bytes(50), "a JPEG file, which is not read; expected PNG, as .mogrify -format png"),
     "signature only": (WHOLE[:8], "truncated PNG"),
     "in the header": (WHOLE[:20], "truncated PNG"),
     "in a length": (WHOLE[:35], "truncated PNG"),
@@ -126,10 +140,14 @@ BAD = {
     "header's checksum": (WHOLE[:17] + b"\1" + WHOLE[18:], "checksum of chunk b'IHDR'"),
     "no pixels": (WHOLE[:33] + chunk(b"IEND", b""), "no header or no pixels"),
     "no header": (WHOLE[:8] + WHOLE[33:], "no header or no pixels"),
-    "16 bits": (png(1, 1, 0, ROW, depth=16), "16 bits per sample; only 8"),
-    "1 bit": (png(8, 1, 0, [b"\0\1"], depth=1), "1 bits per sample; only 8"),
-    "4 bits": (png(4, 1, 3, ROW, depth=4), "4 bits per sample; only 8"),
-    "interlaced": (png(2, 1, 0, ROW, interlaced=1), "interlaced"),
+    "3 bits": (png(8, 1, 0, [b"\0\1"], depth=3), "impossible header"),
+    "colours of 4 bits": (png(1, 1, 2, ROW, depth=4), "impossible header"),
+    "a palette of 16 bits": (png(1, 1, 3, ROW, depth=16), "impossible header"),
+    "interlaced in another way": (png(2, 1, 0, ROW, interlaced=2), "impossible header"),
+    "too few bits": (png(9, 1, 0, [b"\0\1"], depth=1), "its pixels are not the 3 bytes that 9 × 1 take"),
+    "too few passes": (png(2, 1, 0, ROW, interlaced=1), "its pixels are not the 4 bytes that 2 × 1 take"),
+    "filter of a pass": (png(2, 1, 0, [bytes([0, 1, 7, 1])], interlaced=1), "row filter 7"),
+    "beyond the palette": (png(2, 1, 3, [b"\0\xf0"], 4, before=chunk(b"PLTE", bytes(45))), "not in the palette"),
     "colour type": (png(2, 1, 5, ROW), "impossible header"),
     "no width": (png(0, 1, 0, [b"\0"]), "impossible header"),
     "filter": (png(2, 1, 0, [bytes([5, 1, 2])]), "row filter 5"),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nano_adrpo.files import safetensors
+from nano_adrpo.files.safetensors import Checkpoint
 
 PLAIN = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
@@ -37,9 +38,9 @@ def folder(tmp_path):
 
 
 def test_load_assigns_what_the_file_holds(folder):
-    model = safetensors.load(linear, safetensors.Checkpoint(folder))
+    model = safetensors.load(linear, Checkpoint(folder))
     assert model.weight.tolist() == [[0, 1, 2], [3, 4, 5]] and model.weight.requires_grad and not model.training
-    meta = safetensors.load(linear, safetensors.Checkpoint(folder), device="meta")
+    meta = safetensors.load(linear, Checkpoint(folder), device="meta")
     assert meta.weight.is_meta and meta.weight.shape == (2, 3)
 
 
@@ -52,7 +53,7 @@ def test_another_layout(tmp_path, prefix):
     def key_of(name):
         return safetensors.rename(name, {"q.": "both.", "k.": "both.", "both": "qk", "scale": "s"})
 
-    file = safetensors.Checkpoint(tmp_path / "x.safetensors", prefix="model.")
+    file = Checkpoint(tmp_path / "x.safetensors", prefix="model.")
     model = safetensors.load(Fused, file, key_of=key_of, ignore=r"old\..*")
     assert model.q.weight.tolist() == [[0, 1, 2], [3, 4, 5]] and model.k.weight.tolist() == [[6, 7, 8], [9, 10, 11]]
     assert model.k.bias.tolist() == [2, 3] and model.scale == 7
@@ -69,7 +70,7 @@ REFUSED = [
     ({"bias": torch.ones(2).bool()}, "{file}: key 'bias' is stored as torch.bool; expected numbers like torch.float32"),
     (
         {"bias": torch.ones(2).to(torch.float8_e5m2)},
-        "{file}: key 'bias' is stored as torch.float8_e5m2; expected a dtype to compute in",
+        "{file}: key 'bias' is stored as torch.float8_e5m2; expected a dtype to compute in (--dtype)",
     ),
 ]
 
@@ -81,7 +82,7 @@ def test_tensors_that_do_not_fit_are_named_before_any_is_read(folder, monkeypatc
     save_file({key: tensor for key, tensor in (PLAIN | change).items() if tensor is not None}, file)
     monkeypatch.setattr(safetensors.Checkpoint, "read", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(ValueError) as error:
-        safetensors.load(linear, safetensors.Checkpoint(folder), device=device)
+        safetensors.load(linear, Checkpoint(folder), device=device)
     assert str(error.value) == message.format(folder=folder, file=file)
 
 
@@ -95,8 +96,45 @@ def test_dtypes(folder):
     ):
         save_file({key: tensor.to(dtype) for (key, tensor), dtype in zip(PLAIN.items(), stored)}, file)
         for device in (None, "meta"):
-            model = safetensors.load(linear, safetensors.Checkpoint(folder), given, device)
+            model = safetensors.load(linear, Checkpoint(folder), given, device)
             assert {p.dtype for p in model.parameters()} == {expected} and (device or model.bias.tolist() == [1, 1])
+
+
+def test_float8_weights_times_their_scales(tmp_path):
+    file = tmp_path / "x.safetensors"
+    half = {"weight": PLAIN["weight"].to(torch.float8_e4m3fn), "bias": PLAIN["bias"].half()}
+    beside = {"scale_input": torch.ones(()), "comfy_quant": torch.zeros(9, dtype=torch.uint8), "scaled_fp8": half["weight"][:0]}
+    for name, scale, expected in (
+        ("scale_weight", torch.tensor(3.0), [[0, 3, 6], [9, 12, 15]]),
+        ("weight_scale", torch.tensor([3.0]).bfloat16(), [[0, 3, 6], [9, 12, 15]]),
+        ("weight_scale", torch.tensor([[1.0], [2.0]]), [[0, 1, 2], [6, 8, 10]]),
+    ):
+        stored = {f"to_q.{key}": tensor for key, tensor in (half | {name: scale} | beside).items()}
+        save_file({f"model.{key}": tensor for key, tensor in stored.items()} | {"other.x": torch.ones(1)}, file)
+        for device in (None, "meta"):
+            model = safetensors.load(
+                lambda: nn.ModuleDict({"to_q": linear()}), Checkpoint(file, prefix="model."), torch.bfloat16, device
+            )
+            assert model["to_q"].weight.dtype == torch.bfloat16 and (device or model["to_q"].weight.tolist() == expected)
+        with pytest.raises(
+            ValueError, match=r"model.to_q.weight' is stored as torch.float8_e4m3fn; expected a dtype .*--dtype"
+        ):
+            safetensors.load(lambda: nn.ModuleDict({"to_q": linear()}), Checkpoint(file, prefix="model."))
+    save_file(half | {"weight_scale": torch.ones(3)}, file)  # of what does not begin as it
+    with pytest.raises(ValueError, match="key 'weight_scale' is not part of Linear"):
+        safetensors.load(linear, Checkpoint(file), torch.bfloat16)
+    save_file({f"to_q.{key}": tensor for key, tensor in (half | {"weight_scale": torch.ones(3)}).items()}, file)
+    with pytest.raises(ValueError, match=r"weight_scale' has shape \[3\]; expected one number, or one for each row"):
+        Checkpoint(file)
+
+
+@pytest.mark.parametrize("key", ["weight.absmax", "weight.quant_state.bitsandbytes__nf4", "SCB"])
+def test_weights_that_bitsandbytes_quantised_are_refused(folder, key):
+    file = folder / "model.safetensors"
+    save_file(PLAIN | {f"layer.{key}": torch.ones(2)}, file)
+    with pytest.raises(ValueError) as error:
+        Checkpoint(folder)
+    assert str(error.value) == f"{file}: key 'layer.{key}': weights quantised by bitsandbytes are not read; expected plain ones"
 
 
 # ------------------------------------------------------------------------------------------------------------------ files
@@ -104,7 +142,7 @@ def test_dtypes(folder):
 
 def test_sizes_of_a_file_without_config(folder):
     save_file(PLAIN | {f"layers.{i}.x": torch.ones(1) for i in (0, 11)}, folder / "model.safetensors")
-    file = safetensors.Checkpoint(folder)
+    file = Checkpoint(folder)
     assert file.measure("a linear layer", {"weight": ("out", "in"), "bias": (None,)}) == {"out": 2, "in": 3}
     assert file.count("layers.") == 12 and file.count("blocks.") == 1 and file.heads(128) == 2
     for call, message in (
@@ -123,53 +161,60 @@ def test_damaged_and_missing_files_are_named(folder):
     for keep in (0, 4, 20, -3):
         file.write_bytes(whole[:keep])
         with pytest.raises(ValueError, match=f"^{file}: not a whole safetensors file") as error:
-            safetensors.Checkpoint(folder)
+            Checkpoint(folder)
         assert "\n" not in str(error.value)
     header = json.dumps({"x": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}).encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     with pytest.raises(ValueError, match=f"^{file}: (key 'x' has dtype F8_E8M0; expected one of F64, F32, |not a whole)"):
-        safetensors.Checkpoint(folder)
+        Checkpoint(folder)
     file.unlink()
     with pytest.raises(FileNotFoundError, match="no-such: no such file or folder"):
-        safetensors.Checkpoint(folder / "no-such")
+        Checkpoint(folder / "no-such")
     message = r"no model.safetensors and no model.safetensors.index.json .*pickled .bin is not read: .*nano_adrpo.files.convert"
     with pytest.raises(FileNotFoundError, match=message):
-        safetensors.Checkpoint(folder)
+        Checkpoint(folder)
 
 
 def test_the_fp16_variant_is_read_where_there_is_no_other(tmp_path):
     tensors = {name: torch.full((2,), float(i)) for i, name in enumerate("abc")}
     tiny.shards(tmp_path, tensors, "model", count=2)
     (tmp_path / "model.safetensors.index.json").rename(tmp_path / "model.safetensors.index.fp16.json")
-    assert set(safetensors.Checkpoint(tmp_path).home) == set("abc")
+    assert set(Checkpoint(tmp_path).home) == set("abc")
     save_file({"half": torch.ones(1)}, tmp_path / "model.fp16.safetensors")
-    assert set(safetensors.Checkpoint(tmp_path).home) == {"half"}
+    assert set(Checkpoint(tmp_path).home) == {"half"}
     save_file({"whole": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert set(safetensors.Checkpoint(tmp_path).home) == {"whole"}
+    assert set(Checkpoint(tmp_path).home) == {"whole"}
 
 
 def test_an_index_and_its_shards_must_agree(tmp_path):
     tiny.shards(tmp_path, PLAIN, "model", count=2)
-    assert safetensors.load(linear, safetensors.Checkpoint(tmp_path)).bias.tolist() == [1, 1]
+    assert safetensors.load(linear, Checkpoint(tmp_path)).bias.tolist() == [1, 1]
     index, first, second = tmp_path / "model.safetensors.index.json", *sorted(tmp_path.glob("model-*"))
     listed = json.loads(index.read_text())["weight_map"]
     save_file(load_file(second) | {"bias": torch.zeros(2)}, second)  # a key in two shards: the listed one counts
-    assert safetensors.load(linear, safetensors.Checkpoint(tmp_path)).bias.tolist() == [1, 1]
+    assert safetensors.load(linear, Checkpoint(tmp_path)).bias.tolist() == [1, 1]
     save_file(load_file(second) | {"more": torch.zeros(2)}, second)
-    bad = [
-        (listed | {"more": second.name, "gone": first.name}, f"key 'gone' is listed but not in {first.name}"),
-        (listed, "key 'more' is in a shard but not listed"),
-        *((each, "expected a 'weight_map' from keys to shard files") for each in ({}, ["bias"], {"weight": 1, "bias": None})),
-    ]
+    # What only one of them has is a matter of what the model needs, such as a tied head, or rotary frequencies of older files.
+    tiny.write_json(index, {"weight_map": listed | {"gone": first.name}})
+    assert Checkpoint(tmp_path).shapes == {"weight": (2, 3), "bias": (2,), "more": (2,)}
+    assert safetensors.load(linear, Checkpoint(tmp_path), ignore="more").bias.tolist() == [1, 1]
+    with pytest.raises(ValueError, match=f"{second}: key 'more' is not part of Linear"):
+        safetensors.load(linear, Checkpoint(tmp_path))
+    tiny.write_json(index, {"weight_map": listed | {"bias": second.name, "more": first.name}})
+    save_file({"weight": PLAIN["weight"]}, first)
+    save_file({"more": torch.zeros(2)}, second)
+    with pytest.raises(ValueError, match=f"{tmp_path}: key 'bias' is missing"):
+        safetensors.load(linear, Checkpoint(tmp_path), ignore="more")
+    bad = [(each, "expected a 'weight_map' from keys to shard files") for each in ({}, ["bias"], {"weight": 1, "bias": None})]
     for weight_map, message in bad:
         tiny.write_json(index, {"weight_map": weight_map})
         with pytest.raises(ValueError) as error:
-            safetensors.Checkpoint(tmp_path)
+            Checkpoint(tmp_path)
         assert str(error.value) == f"{index}: {message}"
     tiny.write_json(index, {"weight_map": listed})
     second.unlink()
     with pytest.raises(FileNotFoundError, match=f"{second}: no such file; model.safetensors.index.json lists it"):
-        safetensors.Checkpoint(tmp_path)
+        Checkpoint(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -203,5 +248,5 @@ def test_a_saved_model_replaces_the_shards_that_lay_there(tmp_path):
     model = linear()
     safetensors.save_model(tmp_path, model, {"x": math.pi})
     assert not (tmp_path / "model.safetensors.index.json").exists()
-    assert torch.equal(safetensors.load(linear, safetensors.Checkpoint(tmp_path)).weight, model.weight)
+    assert torch.equal(safetensors.load(linear, Checkpoint(tmp_path)).weight, model.weight)
     assert json.loads((tmp_path / "config.json").read_text()) == {"x": math.pi}

@@ -12,9 +12,11 @@ TOKENIZER = json.loads(build_tokenizer().to_str())
 
 
 def model(vocab_size=24, eos=None, **files):
-    """What these functions need of a model. files: name without its ending -> value."""
-    files = {f"{name}.json": json.dumps(value).encode() for name, value in files.items()}
-    return SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size, eos_token_id=eos), files=files)
+    """What these functions need of a model. files: name without its ending .json, or of another file -> its value."""
+    config = SimpleNamespace(vocab_size=vocab_size, eos_token_id=eos, model_type="qwen2")
+    named = {name if "." in name else f"{name}.json": value for name, value in files.items()}
+    content = {name: value if isinstance(value, bytes) else json.dumps(value).encode() for name, value in named.items()}
+    return SimpleNamespace(config=config, files=content)
 
 
 def test_prompts_become_a_batch_padded_on_the_left():
@@ -30,23 +32,49 @@ def test_prompts_become_a_batch_padded_on_the_left():
         chat.encode_prompts(tokenizer, [""], longest=4)
 
 
-def test_a_tokenizer_must_be_there_and_fit():
-    with pytest.raises(ValueError, match="no tokenizer.json"):
-        chat.tokenizer_of(model())
+def test_a_tokenizer_must_be_there():
+    with pytest.raises(ValueError, match="no tokenizer.json, nor vocab.json and merges.txt"):
+        chat.tokenizer_of(model(vocab={}))
     with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):
         chat.tokenizer_of(model(tokenizer={}))
-    with pytest.raises(ValueError, match="the id 23; the model's are below 23"):
-        chat.tokenizer_of(model(23, tokenizer=TOKENIZER))
     cut = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}  # a setting left in some files
     tokenizer = chat.tokenizer_of(model(tokenizer=TOKENIZER | {"truncation": cut}))
     assert len(tokenizer.encode("1+2=").ids) == 4
 
 
-def test_stop_ids():
+def test_vocab_and_merges_by_hand():
+    pairs = {"vocab": {"1": 0, "2": 1, "12": 2, "Ġ": 3, "a": 4, "b": 5, "ab": 6}, "merges.txt": b"#version: 0.2\n1 2\na b\n"}
+
+    def ids(**files):
+        return chat.tokenizer_of(model(**pairs, **files)).encode("12 ab").ids
+
+    assert ids() == ids(tokenizer_config={"tokenizer_class": "Qwen2TokenizerFast"}) == [0, 1, 3, 6]  # digits stand alone
+    assert ids(tokenizer_config={"tokenizer_class": "GPT2Tokenizer"}) == [2, 3, 6]
+    for files, message in (
+        ({"tokenizer_config": {"tokenizer_class": "BartTokenizer"}}, "tokenizer_config.json.* is 'BartTokenizer'; expected"),
+        ({"vocab": {"1": 0}}, "vocab.json and merges.txt: not a tokenizer"),
+        ({"merges.txt": b"\xff"}, "vocab.json and merges.txt: not a tokenizer"),
+        ({"added_tokens": {"<x>": 9}}, "vocab.json: token '<x>' has id 7; expected 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chat.tokenizer_of(model(**pairs | files))
+
+
+def test_an_id_beyond_the_model_is_refused_where_a_text_has_it():
+    codec = chat.TextCodec(model(23, eos=1, tokenizer=TOKENIZER))  # the tokenizer has the ids 0 … 23; 23 is "g"
+    assert codec.encode(["1+2="], 9)[0].shape == (1, 4)
+    with pytest.raises(ValueError, match="prompt 1 has the token 'g' with id 23; the model's ids are below 23"):
+        codec.encode(["1", "1g"], 9)
+
+
+def test_stop_ids_are_those_of_all_files():
+    files = {"tokenizer": TOKENIZER, "tokenizer_config": {"eos_token": {"content": "<eos>"}}}  # of id 1
     assert chat.stop_ids(model(eos=7)) == chat.stop_ids(model(eos=[7])) == [7]
-    assert chat.stop_ids(model(eos=7, generation_config={"eos_token_id": [1, 2]})) == [1, 2]
-    assert chat.stop_ids(model(eos=7, generation_config={"eos_token_id": 0})) == [0]
-    assert chat.stop_ids(model(eos=7, generation_config={})) == [7]
+    assert chat.stop_ids(model(eos=7, generation_config={"eos_token_id": [3, 2]})) == [3, 2, 7]
+    assert chat.stop_ids(model(eos=7, generation_config={"eos_token_id": 0}, **files)) == [0, 7, 1]
+    assert chat.stop_ids(model(eos=[1, 7], generation_config={}, **files)) == [1, 7]
+    assert chat.stop_ids(model(tokenizer=TOKENIZER, special_tokens_map={"eos_token": "g"})) == [23]
+    assert chat.stop_ids(model(23, eos=7, tokenizer=TOKENIZER, special_tokens_map={"eos_token": "g"})) == [7]  # never written
     for eos in ([1, 24], "1", 1.5, {"a": 1}, [[1]], True):
         expected = eos if isinstance(eos, list) else [eos]
         with pytest.raises(ValueError, match=re.escape(f"'eos_token_id' is {expected}; the model's ids are below 24")):
@@ -54,51 +82,115 @@ def test_stop_ids():
     with pytest.raises(ValueError, match="generation_config.json: (not valid JSON|expected a JSON object)"):
         chat.stop_ids(model(eos=7, generation_config=5))
     with pytest.raises(ValueError, match="neither generation_config.json nor config.json has an 'eos_token_id'"):
-        chat.stop_ids(model())
+        chat.stop_ids(model(tokenizer_config={"eos_token": "absent"}, tokenizer=TOKENIZER))
 
 
-def test_templates_written_out():
-    question = [{"role": "user", "content": "1+1?"}]
-    assert chat.chatml(question) == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
-    assert chat.chatml(question, system="Hi.", add_generation_prompt=False) == (
-        "<|im_start|>system\nHi.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
-    )
-    assert chat.qwen3(question, thinking=False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert chat.gemma(question) == "<bos><start_of_turn>user\n1+1?<end_of_turn>\n<start_of_turn>model\n"
-    for bad in ([{"role": "system", "content": ""}], question * 2, [{"role": "assistant", "content": ""}]):
-        with pytest.raises(ValueError, match="Gemma takes user and assistant in turns"):
-            chat.gemma(bad)
-    assert question == [{"role": "user", "content": "1+1?"}]
+# ----------------------------------------------------------------------------------------------------------------- templates
+
+TALK = [{"role": "user", "content": " <ü>\n", "name": None}, {"role": "assistant", "content": "4", "reasoning": "2+2"}]
+# Template -> its text for TALK. transformers' settings: no line end behind a block, no blanks before one, no HTML signs.
+TEXTS = {
+    "  {% if true %}\n  a\n  {% endif %}\nb": "  a\nb",
+    "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.content | trim }}{% endfor %}": "<ü>",
+    "{{ messages[0] | tojson }}": '{"role": "user", "content": " <ü>\\n"}',
+    "{{ {'b': 1, 'a': 2} | tojson(indent=1, sort_keys=true) }}": '{\n "a": 2,\n "b": 1\n}',
+    "{% generation %}{% set x = 1 %}\n4{% endgeneration %}{{ x }}": "4",
+    "{{ strftime_now('%Y') | length }}{{ dict(a=1) }}{{ dict.fromkeys('b') }}": "4{'a': 1}{'b': None}",
+    "{% set ns = namespace({'a': 1}, self=2) %}{% set ns.b = 3 %}{{ [ns.a, ns.self, ns.b] }}": "[1, 2, 3]",
+    "{{ messages[1].reasoning_content }} {{ messages[1].thinking }} {{ messages[1]['reasoning'] }}": "2+2 2+2 2+2",
+    "{{ bos_token + eos_token }}{{ pad_token }} {{ tools }} {{ documents }}": "<b></s> None None",
+    "{{ add_generation_prompt }}": "True",
+}
 
 
-def test_an_unknown_template_is_refused():
-    assert chat.template_of(model()) is None and chat.template_of(model(tokenizer_config={"eos_token": "x"})) is None
-    several, with_bos = [{"name": "default", "template": "x"}], "{{ bos_token }}{{ '<|im_start|>' }}"  # ChatML, but not Qwen's
-    for jinja in ("{{ messages }}", several, "<|im_start|><think>", with_bos):
-        with pytest.raises(ValueError, match="implemented"):
-            chat.template_of(model(tokenizer_config={"chat_template": jinja}))
+def test_templates_by_hand():
+    config = {"bos_token": {"content": "<b>", "lstrip": False}, "eos_token": "</s>", "pad_token": None}
+    whole = "|".join(TEXTS)
+    assert chat.render(model(tokenizer_config=config | {"chat_template": whole}), TALK) == "|".join(TEXTS.values())
 
 
-@pytest.mark.parametrize(
-    "jinja, system",
-    [
-        ("{{ '<|im_start|>system\\nIt\\'s \\\\boxed{}: 4\\n<|im_end|>\\n' }}", "It's \\boxed{}: 4\n"),
-        ('{{ "<|im_start|>system\nÜber, it\'s me.<|im_end|>" }}', "Über, it's me."),
-        ("{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}", None),
-    ],
-)
-def test_the_default_system_message_is_the_templates_own(jinja, system):
-    render = chat.template_of(model(tokenizer_config={"chat_template": jinja}))
-    question = [{"role": "user", "content": "4?"}]
-    assert render(question) == chat.chatml(([{"role": "system", "content": system}] if system else []) + question)
-    own = [{"role": "system", "content": "Mine."}, *question]
-    assert render(own) == chat.chatml(own)
+REFUSED = {
+    "{{ raise_exception('No\nsystem') }}": "'TemplateError: No system'",
+    "{% if %}": "TemplateSyntaxError: Expected an expression",
+    "{{ nobody.content }}": "UndefinedError: 'nobody' is undefined",
+    "{{ messages.append(1) }}": "SecurityError",
+    "{{ namespace(_a=1) }}": "SecurityError: the name '_a' begins with '_'",
+    "{% for i in range(10**9) %}{% endfor %}": "Range too big",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "it takes more than 0.5 s",
+    "{{ 10 ** (10 ** 9) }}": "it takes more than 0.5 s",
+    "{{ 'a' * 10 ** 10 }}": "MemoryError",
+    "{{ 'a' * (10 ** 7 + 1) }}": "it has 10000001 characters; expected at most 10000000",
+    "{% macro deep() %}{{ deep() }}{% endmacro %}{{ deep() }}": "RecursionError",
+}
 
 
-def test_a_default_system_message_in_an_unknown_place_is_refused():
-    for jinja in (
-        "<|im_start|>system\nHi.<|im_end|>\n",
-        "{% set system_message = 'Hi.' %}{{ '<|im_start|>system\\n' + system_message }}",
+@pytest.mark.parametrize("template", REFUSED)
+def test_a_template_that_fails_or_takes_too_much_is_one_line(template):
+    with pytest.raises(ValueError, match=re.escape(REFUSED[template])) as error:
+        chat.render(model(**{"chat_template.jinja": template.encode()}), TALK)
+    assert str(error.value).startswith("chat_template.jinja: the chat template writes no prompt: ")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_which_template_of_a_folder_counts(tmp_path):
+    question = [{"role": "user", "content": "1"}]
+    several = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "c"}]
+    files = {
+        "chat_template.json": b'{"chat_template": "a"}',
+        "tokenizer_config.json": json.dumps({"chat_template": several}).encode(),
+        "chat_template.jinja": b"d",
+        "additional_chat_templates/default.jinja": b"e",
+    }
+    (tmp_path / "additional_chat_templates").mkdir()
+    with pytest.raises(ValueError, match=f"{tmp_path}: no chat template"):
+        chat.render(tmp_path, question)
+    for (name, content), expected in zip(files.items(), "acde"):
+        (tmp_path / name).write_bytes(content)
+        assert chat.template_of(tmp_path).text == chat.template_of(str(tmp_path)).text == expected
+    assert chat.render(tmp_path, question) == "e"
+    for bad in (several[:1], {"tool_use": "b"}, [1], 5):
+        with pytest.raises(ValueError, match="tokenizer_config.json: key 'chat_template' has no template named 'default'"):
+            chat.template_of(model(tokenizer_config={"chat_template": bad}))
+    with pytest.raises(ValueError, match="chat_template.jinja: not a text file in UTF-8"):
+        chat.template_of(model(**{"chat_template.jinja": b"\xff"}))
+
+
+SIGNS = """{% set sign = {'user': '-', 'system': '+'} %}
+{% for m in messages %}{{ sign[m.role] + m.content }}{% endfor %}{% if enable_thinking %}={% endif %}"""
+
+
+def test_a_codec_asks_as_it_is_told(tmp_path):
+    (tmp_path / "own.jinja").write_text(SIGNS)
+    folder = model(eos=1, tokenizer=TOKENIZER, tokenizer_config={"chat_template": "3{{ messages[0].content }}"})
+
+    def asked(*questions, **options):
+        codec = chat.TextCodec(folder, **options)
+        ids, mask = codec.encode(questions, 9)
+        return codec.decode(ids, mask)
+
+    assert asked("1", "22", "1") == ["31", "322", "31"] and asked("1", template="none") == ["1"]
+    own = tmp_path / "own.jinja"
+    assert asked("1", template=own) == asked("1", template=own, thinking="off") == ["-1"]
+    assert asked("1", template=own, system="2", thinking="on") == ["+2-1="]
+    for options, message in (
+        ({"template": "none", "system": ""}, "--system and --thinking: expected only with a chat template"),
+        ({"template": "none", "thinking": "on"}, "--system and --thinking: expected only with a chat template"),
+        ({"thinking": "off"}, "--thinking: the chat template in tokenizer_config.json does not read enable_thinking"),
+        ({"template": tmp_path / "absent"}, "absent: no such file"),
+        ({"stop": ["a", ""]}, "--stop: expected texts that are not empty"),
     ):
-        with pytest.raises(ValueError, match="default system message in an unknown place"):
-            chat.template_of(model(tokenizer_config={"chat_template": jinja}))
+        with pytest.raises(ValueError, match=message):
+            chat.TextCodec(folder, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------- stop texts
+
+
+def test_a_text_ends_before_a_stop_text_and_its_mask_behind():
+    codec = chat.TextCodec(model(eos=1, tokenizer=TOKENIZER), stop=["=4", "####"])
+    rows = ["12=45", "1####2", "12=3,", "1=####"]
+    ids, mask = codec.encode(rows, 9)
+    assert codec.decode(ids, mask) == ["12", "1", "12=3,", "1="]
+    ends = [[codec.stopped(torch.tensor([codec.tokenizer.encode(row).ids[:n]])).item() for n in range(1, 4)] for row in rows]
+    assert ends == [[False] * 3, [False, True, True], [False] * 3, [False, False, True]]
+    assert codec.ended is not None and chat.TextCodec(model(eos=1, tokenizer=TOKENIZER)).ended is None

@@ -72,6 +72,18 @@ def test_a_row_ends_with_its_first_eos_and_leaves(model, eos):
     assert ended.shape == (1, 2) and completion.tolist() == [[True]]
 
 
+def test_a_row_ends_where_it_is_told(model):
+    prompts = torch.arange(13)[:, None]
+    (out, mask), (expected, ends) = (
+        model.generate(prompts, None, 12, temperature=0, **options)
+        for options in ({"eos": [8], "ended": lambda tokens: tokens[:, -1] == 5}, {"eos": [8, 5]})
+    )
+    assert torch.equal(out, expected) and torch.equal(mask, ends) and not mask.all()
+    third = lambda tokens: torch.full((len(tokens),), tokens.shape[1] == 3)  # noqa: E731
+    out, mask = model.generate(prompts, None, 12, temperature=0, ended=third)
+    assert out.shape == (13, 4) and mask.all()  # all tokens so far are given
+
+
 def test_equal_prompts_in_a_row_go_through_the_model_once(model):
     ids = torch.tensor([[7, 1, 5], [7, 1, 5], [7, 1, 5], [2, 2, 2], [2, 2, 2], [7, 1, 5]])
     mask = torch.ones_like(ids)

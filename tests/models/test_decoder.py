@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nano_adrpo import files
+from nano_adrpo import demo, files
 from nano_adrpo.files import safetensors
 from nano_adrpo.language.sampling import Cache
 from nano_adrpo.models import decoder
@@ -44,7 +44,7 @@ def folder(path, family="qwen3", model=Decoder, **changes):
     path.mkdir(exist_ok=True)
     values = {**SIZES, **FAMILIES[family], **changes}
     files.write_json(path / "config.json", {key: value for key, value in values.items() if value is not None})
-    filled = fill(model(decoder.read_config(path, model.task)))
+    filled = fill(model(decoder.read_config(path)))
     safetensors.save(path / "model.safetensors", filled.state_dict())
     return path
 
@@ -72,6 +72,27 @@ def test_log_probabilities_of_every_family(tmp_path, family):
     logits = Decoder.from_pretrained(folder(tmp_path / family, family))(IDS)
     picked = logits.log_softmax(-1)[0, [0, 3, 7]][:, [3, 12]]
     torch.testing.assert_close(picked, torch.tensor(GOLDEN[family]), atol=2e-5, rtol=0)
+
+
+# The same of llama with rope stretched, where IDS are longer than the trained length.
+ROPES = {
+    "linear": ({"type": "linear", "factor": 3.0}, 128),
+    "dynamic": ({"type": "dynamic", "factor": 3.0}, 5),
+    "yarn": ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 5, "beta_fast": 2.0, "beta_slow": 0.1}, 20),
+}
+STRETCHED = {
+    "linear": [[-2.09442, -2.78926], [-1.78631, -2.84938], [-2.93441, -2.86907]],
+    "dynamic": [[-2.09442, -2.78926], [-1.31313, -3.28835], [-4.76375, -4.00369]],
+    "yarn": [[-2.09442, -2.78926], [-1.37142, -3.09865], [-4.75449, -3.93375]],
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_log_probabilities_beyond_the_trained_length(tmp_path, kind):
+    rope, positions = ROPES[kind]
+    path = folder(tmp_path / kind, "llama", rope_scaling=rope, max_position_embeddings=positions)
+    picked = Decoder.from_pretrained(path)(IDS).log_softmax(-1)[0, [0, 3, 7]][:, [3, 12]]
+    torch.testing.assert_close(picked, torch.tensor(STRETCHED[kind]), atol=2e-5, rtol=0)
 
 
 def test_reward_of_the_last_token(tmp_path):
@@ -352,6 +373,17 @@ def test_tied_files_with_and_without_a_head(tmp_path):
         Decoder.from_pretrained(path)
 
 
+def test_an_index_may_list_a_tied_head_and_omit_leftover_buffers(tmp_path):
+    path = folder(tmp_path / "model", "qwen2")
+    plain, shard = Decoder.from_pretrained(path), "model-00001-of-00001.safetensors"
+    tensors = {**plain.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    (path / "model.safetensors").unlink()
+    safetensors.save(path / shard, tensors)
+    listed = dict.fromkeys([*plain.state_dict(), "lm_head.weight"], shard)
+    files.write_json(path / "model.safetensors.index.json", {"weight_map": listed})
+    assert torch.equal(Decoder.from_pretrained(path)(IDS), plain(IDS))
+
+
 def test_shards_dtypes_and_leftover_buffers(tmp_path):
     path = folder(tmp_path / "model")
     whole = Decoder.from_pretrained(path)
@@ -367,23 +399,23 @@ def test_shards_dtypes_and_leftover_buffers(tmp_path):
 
 
 def test_both_forms_of_rotary_settings(tmp_path):
-    config = decoder.read_config(folder(tmp_path / "4", "llama"), "ForCausalLM")
+    config = decoder.read_config(folder(tmp_path / "4", "llama"))
     rope = {**LLAMA3, "rope_theta": 500.0}
     new = folder(tmp_path / "5", "llama", rope_theta=None, rope_scaling=None, rope_parameters=rope)
-    assert decoder.read_config(new, "ForCausalLM") == config
+    assert decoder.read_config(new) == config
     old = {**LLAMA3, "type": "llama3"}
-    assert decoder.read_config(folder(tmp_path / "old", "llama", rope_scaling=old), "") == config
+    assert decoder.read_config(folder(tmp_path / "old", "llama", rope_scaling=old)) == config
     del rope["original_max_position_embeddings"]
     bare = folder(tmp_path / "bare", "llama", rope_scaling=None, rope_parameters=rope)
-    assert decoder.read_config(bare, "").rope_scaling["original_max_position_embeddings"] == 128
+    assert decoder.read_config(bare).rope_scaling["original_max_position_embeddings"] == 128
     plain = folder(tmp_path / "plain", "qwen2", rope_theta=5.0, rope_parameters={"rope_type": "default", "rope_theta": 7.0})
-    assert decoder.read_config(plain, "").rope_theta == 7.0 and decoder.read_config(plain, "").rope_scaling is None
+    assert decoder.read_config(plain).rope_theta == 7.0 and decoder.read_config(plain).rope_scaling is None
 
 
 def test_what_a_config_leaves_out_is_its_familys_default(tmp_path):
     def read(**values):
         files.write_json(tmp_path / "config.json", values)
-        return decoder.read_config(tmp_path, "ForCausalLM")
+        return decoder.read_config(tmp_path)
 
     assert (read(model_type="qwen3").head_dim, read(model_type="qwen2").head_dim) == (128, 128)
     assert read(model_type="qwen3", hidden_size=1024, num_attention_heads=64).head_dim == 128
@@ -395,11 +427,30 @@ def test_what_a_config_leaves_out_is_its_familys_default(tmp_path):
     assert gemma.tie_word_embeddings and gemma.hidden_act == "gelu_pytorch_tanh" and gemma.vocab_size == 256000
     assert (gemma.bos_token_id, gemma.eos_token_id, gemma.pad_token_id) == (2, 1, 0)
     assert not read(model_type="llama").tie_word_embeddings and read(model_type="llama").vocab_size == 32000
-    # windows that are configured and not in use
-    with pytest.raises(ValueError, match="use_sliding_window"):
+    # windows that are configured and never act
+    with pytest.raises(ValueError, match="'sliding_window' is 4096; expected at least the model's 32768 positions"):
         read(model_type="qwen2", use_sliding_window=True)  # in use: from layer 28 of 32 on
     read(model_type="qwen2", use_sliding_window=True, max_window_layers=32)
-    read(model_type="qwen2", use_sliding_window=False, sliding_window=4096, layer_types=["full_attention"] * 32)
+    slides = ["full_attention", "sliding_attention"] * 16
+    for kinds in (None, ["full_attention"] * 32, slides):
+        for window in ({"use_sliding_window": False, "sliding_window": 4096}, {"sliding_window": None}):
+            read(model_type="qwen2", layer_types=kinds, **window)
+        read(model_type="qwen3", use_sliding_window=True, sliding_window=32768, layer_types=kinds)
+    read(model_type="qwen2", use_sliding_window=True, layer_types=["full_attention"] * 32)
+    read(model_type="qwen2", architectures=["Qwen2ForSomethingOfMyOwn"])  # the tensors tell
+
+
+def test_how_many_positions_a_model_has(tmp_path):
+    def positions(**rope):
+        files.write_json(
+            tmp_path / "config.json", {"model_type": "llama", "max_position_embeddings": 512, "rope_scaling": rope}
+        )
+        return decoder.read_config(tmp_path).positions
+
+    assert positions() == 512 and positions(**LLAMA3) == 512
+    assert positions(type="linear", factor=2.5) == positions(rope_type="dynamic", factor=2.5) == 1280
+    yarn = {"type": "yarn", "factor": 4.0}
+    assert positions(**yarn) == 2048 and positions(**yarn, original_max_position_embeddings=128) == 512
 
 
 @pytest.mark.parametrize("start, temperature", [(0, 1.0), (9, 1.0), (1, 0.0), (1, math.nan)])
@@ -413,3 +464,10 @@ def test_the_cache_never_reads_what_was_not_written(model):
     cache.keys.fill_(math.nan), cache.values.fill_(math.nan)
     model.model(IDS, torch.ones_like(IDS), cache)
     assert model.model(IDS[:, :1], torch.ones(2, 9), cache).isfinite().all() and cache.length == 9
+
+
+def test_small_files_beside_the_weights_are_written_again(tmp_path):
+    model, more = Decoder.from_pretrained(demo.GRPO["model"]), {"chat_template.json": b"{}", "chat_template.jinja": b"x"}
+    model.files |= {**more, "additional_chat_templates/rag.jinja": b"y"}
+    model.save_pretrained(tmp_path)
+    assert Decoder.from_pretrained(tmp_path).files == model.files and len(model.files) == 6

@@ -105,9 +105,8 @@ CONFIGS = {
         ({"model_type": "mistral"}, "key 'model_type' is 'mistral'; expected 'qwen2' or 'qwen3' or 'llama' or 'gemma'"),
         ({"model_type": ["qwen3"]}, "key 'model_type' is ['qwen3']; expected 'qwen2' or"),
         ({"model_type": "absent"}, "key 'model_type' is missing"),
-        ({"architectures": ["Qwen3ForSequenceClassification"]}, "; expected ['Qwen3ForCausalLM']"),
-        ({"architectures": 5}, "key 'architectures' is 5; expected ['Qwen3ForCausalLM']"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "key 'quantization_config' is {'quant_method': 'gptq'}; expected"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "'quantization_config': weights quantised by 'gptq' are not"),
+        ({"quantization_config": {"load_in_4bit": True}}, "weights quantised by 'bitsandbytes' are not read; expected plain"),
         ({"attention_dropout": 0.1}, "key 'attention_dropout' is 0.1; expected 0 or None"),
         ({"mlp_bias": True}, "key 'mlp_bias' is True; expected False"),
         ({"is_causal": False}, "key 'is_causal' is False; expected True"),
@@ -115,12 +114,22 @@ CONFIGS = {
         ({"partial_rotary_factor": 0.5}, "key 'partial_rotary_factor' is 0.5; expected 1"),
         ({"hidden_activation": "relu"}, "key 'hidden_activation' is 'relu'"),
         ({"hidden_act": "gelu"}, "key 'hidden_act' is 'gelu'; expected 'silu' or"),  # exact; only Gemma's files mean tanh by it
-        ({"use_sliding_window": True, "max_window_layers": 1}, "key 'use_sliding_window' is True; expected False"),
-        ({"use_sliding_window": True, "max_window_layers": "2"}, "key 'use_sliding_window' is True; expected False"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "; expected ['full_attention', 'full_attention']"),
+        *(
+            ({"sliding_window": window, **more}, f"'sliding_window' is {window}; expected at least the model's 128 positions")
+            for window in (127, 4.5)
+            for more in (
+                {"use_sliding_window": True, "max_window_layers": 1},
+                {"use_sliding_window": True, "max_window_layers": "2"},
+                {"layer_types": ["full_attention", "sliding_attention"]},
+            )
+        ),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "; expected ['full_attention', 'full_attention']"),
         ({"layer_types": 2}, "key 'layer_types' is 2; expected ['full_attention', 'full_attention']"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'rope_scaling': key 'rope_type' is 'linear'; expected 'def"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'rope_parameters': key 'rope_type' is 'yarn'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'rope_scaling': key 'rope_type' is 'longrope'; expected 'def"),
+        ({"rope_scaling": {"type": "linear"}}, "'rope_scaling': key 'factor' is missing; expected a positive float"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": "2"}}, "'rope_parameters': key 'factor' is '2'; expected a"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "mscale": []}}, "'rope_parameters': key 'mscale' is []"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "temperature": 2}}, "key 'temperature' is 2; expected None"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "'rope_parameters': key 'full_attention' is "),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "'rope_parameters': key 'partial_rotary_factor' is 0.5"),
         ({"rope_scaling": {**LLAMA3, "factor": None}}, "'rope_scaling': key 'factor' is None; expected a positive float"),

@@ -34,8 +34,8 @@ def test_the_demos_tokens_are_words():
     tokenizer = PromptTokenizer(HERE / "base" / "tokenizer")
     words = tokenizer.tokenizer.get_vocab()
     begin, end = words["<|startoftext|>"], words["<|endoftext|>"]
-    assert tokenizer(["A BOLD three", ""], 6).tolist() == [
-        [begin, words["a"], words["bold"], words["three"], end, end],
+    assert tokenizer(["A RED three", ""], 6).tolist() == [
+        [begin, words["a"], words["red"], words["three"], end, end],
         [begin, end, end, end, end, end],
     ]
     assert tokenizer(["a xyz"], 4).tolist() == [[begin, words["a"], words["<|unknown|>"], end]]

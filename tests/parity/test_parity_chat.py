@@ -1,90 +1,42 @@
-"""Chat templates against transformers' rendering of the public jinja texts (those of Qwen1.5, Qwen2, Qwen2.5, Qwen2.5-Math,
-Qwen3 and Gemma, without their branches for tools), and the demo's folder in transformers. Needs the extra `parity`."""
+"""Chat templates against transformers' rendering of the public ones: all that TRL ships and a few more; tokenizers from
+vocab.json and merges.txt; and the demo's folder in transformers. Needs the extra `parity`."""
 
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2
 import pytest
 import torch
+import trl
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nano_adrpo.demo import GRPO, HERE, arithmetic_recipe
-from nano_adrpo.language import chat
-from nano_adrpo.models.decoder import Decoder
+from nano_adrpo.language import chat, template
+from nano_adrpo.models.decoder import Config, Decoder, companions
 
-QWEN2 = (
+PUBLIC = {file.stem: file.read_text("utf-8") for file in Path(trl.__file__).parent.glob("chat_templates/*.jinja")}
+# Those of the listed families that TRL does not ship.
+PUBLIC["qwen2"] = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-QWEN25 = r"""{%- if messages[0]['role'] == 'system' %}
-    {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
-{%- else %}
-    {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant") %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}
-"""
-QWEN15 = QWEN2.replace("You are a helpful assistant.", "You are a helpful assistant")  # its full stop came with Qwen2
-MATH = QWEN25.replace(
-    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    r"Please reason step by step, and put your final answer within \\boxed{}.",
-)
-QWEN3 = r"""{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
-{%- endif %}
-{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
-{%- for message in messages[::-1] %}
-    {%- set index = (messages|length - 1) - loop.index0 %}
-    {%- if ns.multi_step_tool and message.role == "user" %}
-        {%- set ns.multi_step_tool = false %}
-        {%- set ns.last_query_index = index %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- set content = message.content %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
-    {%- elif message.role == "assistant" %}
-        {%- set reasoning_content = '' %}
-        {%- if '</think>' in content %}
-            {%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
-        {%- endif %}
-        {%- if loop.index0 > ns.last_query_index %}
-            {%- if loop.last or (not loop.last and reasoning_content) %}
-                {{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' }}
-                {{- content.lstrip('\n') }}
-            {%- else %}
-                {{- '<|im_start|>' + message.role + '\n' + content }}
-            {%- endif %}
-        {%- else %}
-            {{- '<|im_start|>' + message.role + '\n' + content }}
-        {%- endif %}
-        {{- '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\n\n</think>\n\n' }}
-    {%- endif %}
-{%- endif %}"""
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+PUBLIC["chatml behind a bos"] = "{{ bos_token }}" + PUBLIC["qwen2"]
+PUBLIC["llama2"] = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}"
-    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 SYSTEM = {"role": "system", "content": "Be brief. "}
 ASK, ASK_AGAIN = {"role": "user", "content": " 2 + 2?\n"}, {"role": "user", "content": "sure?\n\n¿?"}
@@ -93,28 +45,50 @@ PLAIN = {"role": "assistant", "content": "\nit is 4"}
 TALKS = [
     [ASK], [SYSTEM, ASK], [ASK, THOUGHT], [ASK, PLAIN], [ASK, PLAIN, ASK_AGAIN], [SYSTEM, ASK, THOUGHT, ASK_AGAIN],
     [ASK, THOUGHT, ASK_AGAIN, PLAIN, ASK], [SYSTEM, ASK, THOUGHT, THOUGHT], [ASK, PLAIN, PLAIN, PLAIN],
+    [ASK, PLAIN | {"reasoning": "2 and 2", "name": None}, ASK_AGAIN, PLAIN | {"thinking": "a", "reasoning": "b"}],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+NAMED = {"bos_token": "<bos>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_templates_render_as_transformers_renders_them(name):
+    theirs = PreTrainedTokenizerFast(tokenizer_object=arithmetic_recipe.build_tokenizer(), **NAMED, chat_template=PUBLIC[name])
+    ours, rendered = template.environment().from_string(PUBLIC[name]), 0
+    ways = {"add_generation_prompt": True}, {"add_generation_prompt": True, "enable_thinking": False}, {}
+    for talk, values in itertools.product(TALKS, ways):
+        try:
+            expected = theirs.apply_chat_template(talk, tokenize=False, **values)
+        except Exception:  # what their jinja refuses, ours refuses too
+            with pytest.raises(jinja2.TemplateError):
+                template.write(ours, talk, NAMED | values)
+            continue
+        assert template.write(ours, talk, NAMED | values) == expected
+        rendered += 1
+    assert rendered >= 3
+
+
 @pytest.mark.parametrize(
-    "jinja",
-    [QWEN15, QWEN2, QWEN25, MATH, QWEN3, GEMMA],
-    ids=["qwen1.5", "qwen2", "qwen2.5", "qwen2.5-math", "qwen3", "gemma"],
+    "name, form",
+    [
+        ("qwen3", "tokenizer_config.json"),
+        ("gemma", "list"),
+        ("llama3_2", "chat_template.jinja"),
+        ("deepseek_r1_distill", "named"),
+    ],
 )
-def test_templates_render_as_transformers_renders_them(jinja, place):
-    content = jinja if place.endswith("jinja") else json.dumps({"chat_template": jinja})
-    ours = chat.template_of(SimpleNamespace(files={place: content.encode()}))
-    theirs = PreTrainedTokenizerFast(
-        tokenizer_object=arithmetic_recipe.build_tokenizer(), bos_token="<bos>", chat_template=jinja
-    )
-    talks = TALKS[:1] + TALKS[2:5] + TALKS[6:7] if jinja == GEMMA else TALKS  # Gemma: no system, and turns alternate
-    for talk, prompt in itertools.product(talks, [True, False]):
-        expected = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
-        assert ours(talk, add_generation_prompt=prompt) == expected
-        if jinja == QWEN3:
-            expected = theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
-            assert ours(talk, thinking=False, add_generation_prompt=prompt) == expected
+def test_a_folder_renders_as_in_transformers(tmp_path, name, form):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=arithmetic_recipe.build_tokenizer(), **NAMED)
+    tokenizer.chat_template = PUBLIC[name] if form[0] in "tc" else {"default": PUBLIC[name], "tool_use": "wrong"}
+    tokenizer.save_pretrained(tmp_path, save_jinja_files=form in ("chat_template.jinja", "named"))
+    if form == "list":  # as older versions wrote it
+        several = [{"name": each, "template": text} for each, text in tokenizer.chat_template.items()]
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": several}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for talk in TALKS[:1] + TALKS[4:5]:
+        assert chat.render(tmp_path, talk) == theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
 
 
 @torch.no_grad()
@@ -133,3 +107,48 @@ def test_the_demo_is_an_ordinary_folder(tmp_path, name):
     written = chat.decode(chat.tokenizer_of(ours), got[:, 6:], completion)
     assert written == tokenizer.batch_decode(theirs[:, 6:], skip_special_tokens=True)
     assert all("####" in text for text in written)
+
+
+TEXTS = [
+    "It's 12,345 – don't DON'T",
+    "a\n\n  b \r\n\tc  ",
+    "cafe\u0301 naïve 漢字 🙂",
+    "<|im_start|>user\nhi<|im_end|>x<mine>y",
+    "x  <|endoftext|>  y",
+]
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("kind, family", [("Qwen2Tokenizer", "qwen3"), ("GPT2Tokenizer", "llama")])
+def test_vocab_and_merges_are_read_as_in_transformers(tmp_path, kind, family, older):
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(vocab_size=400, initial_alphabet=letters, show_progress=False))
+    trained.model.save(str(tmp_path))
+    size = trained.get_vocab_size()
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<mine>"]
+    config, special = {"tokenizer_class": kind}, {"eos_token": "<|im_end|>"}
+    if older:
+        (tmp_path / "added_tokens.json").write_text(json.dumps({mark: size + i for i, mark in enumerate(marks)}))
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    else:
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        added = {size + i: {"content": mark, "special": mark != "<mine>", **flags} for i, mark in enumerate(marks)}
+        config |= special | {
+            "additional_special_tokens": ["<|im_start|>"],
+            "added_tokens_decoder": added,
+            "pad_token": "<|endoftext|>",
+        }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == kind
+    model = SimpleNamespace(files=companions(tmp_path), config=Config(family, size + 4, 16, 16, 1, 1, 8))
+    ours = chat.tokenizer_of(model)
+    for text in TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text).ids == ids
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert chat.stop_ids(model) == [theirs.eos_token_id]

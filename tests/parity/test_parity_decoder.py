@@ -27,6 +27,24 @@ SIZES = {
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64}
+# Texts of `batch` have 150 tokens, of which 64, or 100, are the trained length.
+SHORT, YARN = {**SIZES, "max_position_embeddings": 100}, {"rope_type": "yarn", "factor": 4.0}
+ROPES = {
+    "linear": LlamaConfig(**SHORT, rope_scaling={"rope_type": "linear", "factor": 2.5}),
+    "dynamic": Qwen2Config(**SHORT, rope_theta=5000.0, rope_scaling={"rope_type": "dynamic", "factor": 3.0}),
+    "yarn": Qwen3Config(**SIZES, head_dim=24, rope_scaling={**YARN, "original_max_position_embeddings": 64}),
+    "yarn-trained-is-max": Qwen2Config(**SHORT, rope_theta=1e6, rope_scaling={**YARN, "factor": 2.0}),
+    "yarn-mscale": LlamaConfig(
+        **SIZES, rope_scaling={**YARN, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.2}
+    ),
+    "yarn-all": LlamaConfig(
+        **SIZES,
+        rope_scaling={
+            **YARN, "original_max_position_embeddings": 64, "attention_factor": 0.8, "beta_fast": 20.0, "beta_slow": 2.0,
+            "truncate": False,
+        },
+    ),
+}  # fmt: skip
 CONFIGS = {
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen2-untied": Qwen2Config(**SIZES, rope_theta=1e6, rms_norm_eps=1e-5),
@@ -35,6 +53,7 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES, rope_theta=500000.0, rope_scaling=LLAMA3, eos_token_id=[2, 3]),
     "llama-2": LlamaConfig(**{**SIZES, "num_key_value_heads": 4}, attention_bias=True),
     "gemma": GemmaConfig(**{**SIZES, "num_key_value_heads": 1}, head_dim=32),
+    **{f"rope-{name}": config for name, config in ROPES.items()},
 }
 
 
@@ -88,7 +107,7 @@ def test_what_we_save_is_what_they_load(tmp_path, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "gemma"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "gemma", "rope-dynamic", "rope-yarn"])
 def test_greedy_generation(tmp_path, name):
     model, (ids, mask) = theirs(tmp_path, CONFIGS[name]), batch()
     ids, mask = ids[:2, 20:60], mask[:2, 20:60]
@@ -101,6 +120,19 @@ def test_greedy_generation(tmp_path, name):
     expected = model.generate(ids, **options, eos_token_id=eos, pad_token_id=eos[0])
     torch.testing.assert_close(out, expected)
     assert completion.sum(1).max() == out.shape[1] - 40 <= 11
+
+
+@torch.no_grad()
+def test_dynamic_positions_grow_while_sampling(tmp_path):
+    model, (ids, _) = theirs(tmp_path, CONFIGS["rope-dynamic"]), batch()
+    prompt = ids[1:2, :92]  # 100 positions are the trained length
+    expected = model.generate(
+        prompt, max_new_tokens=40, do_sample=False, eos_token_id=None, output_scores=True, return_dict_in_generate=True
+    )
+    ours = Decoder.from_pretrained(tmp_path)
+    torch.testing.assert_close(ours.generate(prompt, None, 40, temperature=0)[0], expected.sequences)
+    read = ours(expected.sequences)[0, -2]  # a text that is read at once has other angles for its first keys
+    assert (read - expected.scores[-1][0]).abs().max() > 0.01
 
 
 @torch.no_grad()
@@ -145,20 +177,20 @@ def test_shards_and_bfloat16(tmp_path):
 def test_configs_of_transformers_4(tmp_path):
     for name, config in CONFIGS.items():
         config.save_pretrained(tmp_path)
-        new = read_config(tmp_path, "ForCausalLM")
+        new = read_config(tmp_path)
         values = json.loads((tmp_path / "config.json").read_text())
         rope = values.pop("rope_parameters")
         values["rope_theta"] = rope.pop("rope_theta")
         values["rope_scaling"] = rope if rope["rope_type"] != "default" else None
         (tmp_path / "config.json").write_text(json.dumps(values))
-        assert read_config(tmp_path, "ForCausalLM") == new, name
+        assert read_config(tmp_path) == new, name
         assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
 
 
 @pytest.mark.parametrize("cls", [Qwen2Config, Qwen3Config, LlamaConfig, GemmaConfig])
 def test_defaults_of_every_family(tmp_path, cls):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": cls.model_type}))
-    ours, theirs = read_config(tmp_path, "ForCausalLM"), cls()
+    ours, theirs = read_config(tmp_path), cls()
     for key, value in dataclasses.asdict(ours).items():
         expected = getattr(theirs, key, None)
         if key == "rope_theta":

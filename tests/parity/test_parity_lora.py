@@ -1,5 +1,7 @@
 """Adapters to and from peft, transformers and diffusers: the same outputs, the same number of parameters (extra `parity`)."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,82 @@ def test_pefts_adapter_opens_here(tmp_path, kind, models, rank, alpha):
     lora.merge(ours)
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, merged.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+PATTERNS = [
+    {"use_rslora": True, "target_modules": ["q_proj", "v_proj"]},
+    {
+        "target_modules": ["q_proj", "k_proj", "v_proj"], "use_rslora": True,
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.k_proj": 5, "proj": 7},
+        "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 16, "[qv]_proj": 3},
+    },
+    {"target_modules": r".*layers\.[02]\..*\.(q_proj|down_proj)"},
+    {"target_modules": "all-linear"},
+    {"target_modules": "All-Linear", "exclude_modules": ["down_proj", "layers.1.self_attn.q_proj"]},
+    {"target_modules": ["q_proj", "o_proj"], "exclude_modules": r".*\.1\..*o_proj"},
+    {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [0, 2]},
+    {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    {"target_modules": ["v_proj"], "layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", PATTERNS)
+def test_an_adapter_of_any_pattern_opens_here_and_goes_back(tmp_path, options):
+    def saved(path):
+        tiny.fill(Qwen3ForCausalLM(QWEN3)).save_pretrained(path)
+        return path
+
+    base = saved(tmp_path / "base")
+    theirs = theirs_adapted(Qwen3ForCausalLM.from_pretrained(base), r=4, lora_alpha=6, **options)
+    theirs.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    literal = tmp_path / "literal"  # peft writes out what "all-linear" is; people write the word
+    shutil.copytree(tmp_path / "adapter", literal)
+    (literal / "adapter_config.json").write_text(json.dumps(config | {"target_modules": options["target_modules"]}))
+    theirs = PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()  # sorts patterns
+    expected, plain = output(theirs), output(Decoder.from_pretrained(base))
+    for folder in (tmp_path / "adapter", literal):
+        ours = lora.load(Decoder.from_pretrained(base), folder)
+        assert (output(ours) - expected).abs().max() < 1e-5 < 0.1 < (expected - plain).abs().max()
+    lora.save(ours, tmp_path / "again")
+    again = PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(base), tmp_path / "again").eval()
+    assert (output(again) - expected).abs().max() < 1e-5
+    lora.merge_files(base, literal, tmp_path / "merged")
+    model, report = Qwen3ForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values()) and (output(model) - expected).abs().max() < 1e-5
+
+
+def test_merging_files_is_pefts_merging(tmp_path, kind, models):
+    theirs = theirs_adapted(models[0](), r=3, lora_alpha=6, target_modules=list(TARGETS[kind]))
+    theirs.save_pretrained(tmp_path / "adapter")
+    models[0]().save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    lora.merge_files(tmp_path / "sharded", tmp_path / "adapter", tmp_path / "out")
+    merged, out = theirs.merge_and_unload(), type(models[0]()).from_pretrained(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    for name, tensor in out.state_dict().items():
+        torch.testing.assert_close(tensor, merged.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+def test_ranks_of_diffusers_own_file_without_a_header(tmp_path):
+    # Its ranks differ, and the strength is 1 everywhere. A text encoder's adapter lies beside.
+    tiny.fill(SD3Transformer2DModel(**tiny.MMDIT_STYLES["sd3.5-medium"])).save_pretrained(tmp_path / "base")
+    theirs = SD3Transformer2DModel.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    ranks = {"to_k": 5, "transformer_blocks.0.attn.to_q": 2}
+    theirs.add_adapter(
+        LoraConfig(
+            r=3, lora_alpha=3, init_lora_weights=False, target_modules=["to_q", "to_k"], rank_pattern=ranks, alpha_pattern=ranks
+        )
+    )
+    beside = {"text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 4)}
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers=get_peft_model_state_dict(theirs), text_encoder_lora_layers=beside
+    )
+    (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "a style.safetensors")
+    ours = lora.load(MMDiT.from_pretrained(tmp_path / "base"), tmp_path / "a style.safetensors")
+    again = SD3Transformer2DModel.from_pretrained(tmp_path / "base")
+    again.load_lora_adapter(tmp_path, weight_name="a style.safetensors")
+    assert (output(ours) - output(theirs)).abs().max() < 1e-5 and (output(again) - output(theirs)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("saved_by, alpha", [("model", 6), ("pipeline", 6), ("older pipeline", 3)])

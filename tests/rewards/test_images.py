@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from nano_adrpo.demo import HERE, digits
+from nano_adrpo.demo import HERE
+from nano_adrpo.demo.digits import meaning
+from nano_adrpo.demo.digits_recipe import Painter
 from nano_adrpo.rewards import images as rewards
 from nano_adrpo.rewards.images import ClipScore, parse
 
@@ -114,11 +116,11 @@ def test_image_reward_counts_deviations_from_the_mean(models):
 
 def test_the_demos_clip_scores_by_the_same_function():
     reward = ClipScore(HERE / "clip")
-    images, labels, _ = digits.load()
-    prompts = digits.captions(images[:5], labels[:5])
-    image, text = reward.embed_images(images[:5]), reward.embed_prompts(prompts)
+    prompts = ["a red one", "a blue two above a red nine", "a red nine and a blue two"]
+    images = Painter(torch.Generator().manual_seed(0)).paint([meaning(prompt) for prompt in prompts[:2]])[[0, 1, 1]]
+    image, text = reward.embed_images(images), reward.embed_prompts(prompts)
     expected = [100 * cosine for cosine in cosines(image, text)]
-    assert reward(images[:5], prompts).tolist() == pytest.approx(expected, rel=1e-5)
+    assert reward(images, prompts).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------- images
@@ -158,10 +160,11 @@ def test_grey_images_are_grey_in_every_channel(models, name):
 
 def test_crops_of_the_demos_digits():
     reward = ClipScore(HERE / "clip")
-    images, _, _ = digits.load()
-    big = images[:4].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)  # 32 × 32 blocks of the same image
-    wide = torch.cat([torch.ones(4, 1, 32, 8), big, torch.ones(4, 1, 32, 8)], dim=3)  # 32 × 48: the centre is the image
-    assert F.cosine_similarity(reward.embed_images(wide), reward.embed_images(images[:4])).min() > 0.9
+    scenes = [meaning(text) for text in ("a red one", "a blue two above a red nine", "a green six left of a purple four")]
+    images = Painter(torch.Generator().manual_seed(0)).paint(scenes)
+    big = images.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)  # 64 × 64 blocks of the same image
+    wide = torch.cat([-torch.ones(3, 3, 64, 16), big, -torch.ones(3, 3, 64, 16)], dim=3)  # 64 × 96: the centre is the image
+    assert F.cosine_similarity(reward.embed_images(wide), reward.embed_images(images)).min() > 0.9
 
 
 def test_a_prompt_that_comes_again_is_encoded_once(folders, monkeypatch):

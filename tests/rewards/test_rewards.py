@@ -1,6 +1,7 @@
 """Rewards by name: weighted sums, batches, devices, a user's own function, and what is refused."""
 
 import shutil
+import traceback
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def rewards(*specs, plain=None):
 def test_a_weighted_sum_and_its_terms(tmp_path):
     file = own(tmp_path, "return [prompt == 'two' for prompt in prompts]")
     specs = f"length:{tmp_path}@-0.5", f"{file}:f@2e1", "zero"
-    reward = rewards(*specs, plain={"zero": lambda texts, prompts: [0] * len(prompts)})
+    reward = rewards(*specs, plain={"zero": lambda: lambda texts, prompts: [0] * len(prompts)})
     for batch in (None, 1, 3):
         scores = {name: numbers.tolist() for name, numbers in reward(TEXTS, PROMPTS, batch).items()}
         assert scores == {"reward": [-0.5, 19, -1.5, -2], "length": [1, 2, 3, 4], "f": [0, 1, 0, 0], "zero": [0] * 4}
@@ -98,6 +99,8 @@ def test_other_than_a_number_a_sample_is_refused(tmp_path):
         ("return prompts", r"f gave list; expected \[4\] numbers"),
         ("return [[1], [1, 2], [1], [1]]", r"f gave list; expected \[4\] numbers"),
         ("return [10**400] * 4", r"f gave list; expected \[4\] numbers"),
+        ("return [1j] * 4", r"f gave complex numbers; expected \[4\] real ones"),
+        ("return np.ones(4) * 1j", r"f gave complex numbers; expected \[4\] real ones"),
     ):
         with pytest.raises(InputError, match=message) as error:
             rewards(f"{own(tmp_path, body)}:f")(TEXTS, PROMPTS)
@@ -121,6 +124,35 @@ def test_what_a_users_code_raises_keeps_its_traceback(tmp_path):
     assert error.traceback[-1].path.name == "mine.py" and error.traceback[-1].lineno == 2  # counted from 0
     with pytest.raises(NameError):
         function(f"{own(tmp_path, 'pass', 'f(x=y)')}:f")
+
+
+def test_a_users_function_gets_copies(tmp_path):
+    def rows():
+        return [{"answer": [1]} for _ in range(4)]
+
+    body = "images.zero_(); prompts.clear(); rows[0]['answer'].append(2); return [0.0] * 4"
+    file = own(tmp_path, body, "f(images, prompts, rows)")
+    images, prompts, kept = torch.ones(4, 3, 2, 2), list(PROMPTS), rows()
+    assert function(f"{file}:f")(images, prompts, rows=kept) == [0.0] * 4
+    assert images.eq(1).all() and prompts == PROMPTS and kept == rows()
+    file = own(tmp_path, "images.zero_(); return [0.0] * len(prompts)", "f(images, prompts)")
+    rewards(f"{file}:f")(images, PROMPTS, batch=3)
+    with torch.inference_mode():
+        inferred = torch.ones(4, 3, 2, 2)
+    rewards(f"{file}:f")(inferred, PROMPTS)
+    assert images.eq(1).all() and inferred.eq(1).all()
+
+
+@pytest.mark.parametrize("code", ["", "0", "1", "'done'"])
+def test_sys_exit_in_a_users_code_is_an_error(tmp_path, code):
+    file = own(tmp_path, f"import sys; sys.exit({code})")
+    with pytest.raises(RuntimeError, match=r"mine\.py:f called sys\.exit\(") as error:
+        rewards(f"{file}:f")(TEXTS, PROMPTS)
+    frames = traceback.extract_tb(error.value.__cause__.__traceback__)
+    assert (frames[-1].filename, frames[-1].lineno) == (file, 3)  # where, in the user's file
+    (tmp_path / "mine.py").write_text(f"import sys\nsys.exit({code})\n")
+    with pytest.raises(RuntimeError, match=r"mine\.py called sys\.exit\("):
+        function(f"{file}:f")
 
 
 EXPECTED = "expected one of zero, length:FOLDER, FILE.py:FUNCTION, a length folder"

@@ -10,8 +10,9 @@ import tiny_sd3
 import torch
 from safetensors.torch import load_file, save_file
 
+from nano_adrpo.errors import InputError, MissingFile
 from nano_adrpo.models.mmdit import MMDiT
-from nano_adrpo.text_to_image.prompts import cached, read_prompts
+from nano_adrpo.text_to_image.prompts import cached, read_prompts, read_rows
 from nano_adrpo.text_to_image.sd3 import PromptEncoder
 
 PROMPTS = ["the one", "a cat", "the one"]
@@ -35,26 +36,73 @@ def no_encoder(monkeypatch):
     monkeypatch.setattr(PromptEncoder, "from_pretrained", lambda *_: pytest.fail("an encoder was loaded"))
 
 
-def test_only_a_newline_ends_a_prompt(tmp_path):
-    (tmp_path / "p.txt").write_bytes("\ufeffa\u2028b\x85c\r\n\n d \n".encode())
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\n\n{"prompt": " d", "id": 1}', encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt") == ["a\u2028b\x85c", "d"]
-    assert read_prompts(tmp_path / "p.jsonl") == ["a\u2028b", " d"]
+FORMATS = {
+    # (name, content): the prompts. Only a newline ends a line; a byte order mark is no letter; "#" opens no comment.
+    ("p.txt", "\ufeffa\u2028b\x85c\r\n\n # d \n"): ["a\u2028b\x85c", "# d"],
+    ("p", "[cat:dog:0.5]\n{red|blue} roses"): ["[cat:dog:0.5]", "{red|blue} roses"],
+    ("p.TXT", "a prompt, of words"): ["a prompt, of words"],
+    ("p.jsonl", '{"prompt": "a\u2028b"}\n\n{"prompt": " #d", "id": 1}'): ["a\u2028b", " #d"],
+    ("p.NDJSON", '{"prompt": "a"}\r\n{"prompt": "b"}\r\n'): ["a", "b"],
+    ("p.json", '\ufeff["a", {"prompt": "b", "category": "c"}]'): ["a", "b"],
+    ("p.csv", '\ufeffid,Prompt\r\n1,"a, ""b"""\r\n\r\n2,"c\nd"\r\n'): ['a, "b"', "c\nd"],
+    ("p.tsv", "Prompt\tCategory\na, b\tc\n#d\te\n"): ["a, b", "#d"],
+}
+
+
+def test_a_files_ending_tells_its_format(tmp_path):
+    for (name, content), prompts in FORMATS.items():
+        (tmp_path / name).write_bytes(content.encode())
+        assert [prompt.text for prompt in read_prompts(tmp_path / name)] == prompts, name
+
+
+def test_the_rest_of_a_row_is_kept(tmp_path):
+    rows = [{"prompt": "a", "category": "c"}, {"prompt": "b", "category": "d"}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    (tmp_path / "p.csv").write_text("Category,prompt\nc,a\nd,b\n")
+    assert read_rows(tmp_path / "p.json") == read_rows(tmp_path / "p.csv") == rows
+    assert read_prompts(tmp_path / "p.csv") == [("a", "c"), ("b", "d")]
+    (tmp_path / "p.txt").write_text("a\n")
+    assert read_rows(tmp_path / "p.txt") == [{"prompt": "a"}]
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    assert read_rows(tmp_path / "q.jsonl", ("prompt", "question"))[0]["prompt"] == "1+1="
+
+
+BAD = (
+    ("p.txt", b" \n\n", "p.txt: no prompts in it; expected at least one"),
+    ("p.txt", b"\xff", "p.txt: not a text file in UTF-8"),
+    ("p.txt", b'\n{"prompt": "a"}\n', "p.txt, line 2: this is JSON; expected the ending .json, or .jsonl for an object a line"),
+    ("p", b'[\n  "a",\n  "b"\n]', "p, line 1: this is JSON"),
+    ("p.txt", b'["a", "b"]', "p.txt, line 1: this is JSON"),
+    ("p.txt", b"Prompt\na\n", "p.txt, line 1: this is the first line of a table; expected the ending .csv or .tsv"),
+    ("p.txt", b"id\tprompt\n1\ta\n", "p.txt, line 1: this is the first line of a table"),
+    ("p.yaml", b"- a\n- b\n", "p.yaml: the ending '.yaml' is no known format of prompts; expected a prompt a line in .txt, or"),
+    ("p.jsonl", b'{"prompt": "a"}\n\n{"text": "b"}', 'p.jsonl, line 3: expected an object with a text "prompt"'),
+    ("p.jsonl", b'{"prompt": 3}', 'p.jsonl, line 1: expected an object with a text "prompt"'),
+    ("p.jsonl", b'{"prompt": "\\ud83d"}', "p.jsonl, line 1: not valid JSON"),  # half a character
+    ("p.JSONL", b"a cat\n", "p.JSONL, line 1: not valid JSON"),
+    ("p.ndjson", b'["a"]', "p.ndjson, line 1: expected a JSON object"),
+    ("p.json", b'{"prompt": "a"}\n{"prompt": "b"}', r"p.json: not valid JSON \(Extra data: line 2 column 1"),
+    ("p.json", b'{"prompt": "a"}', "p.json: expected a JSON list"),
+    ("p.json", b'["a", ["b"]]', 'p.json, item 2: expected an object with a text "prompt"'),
+    ("p.json", b'["a", " "]', 'p.json, item 2: expected an object with a text "prompt"'),
+    ("p.json", b"[]", "p.json: no prompts in it"),
+    ("p.csv", b"", "p.csv: no prompts in it"),
+    ("p.csv", b"id;prompt\n1;a\n", r"p.csv, line 1: the columns are \['id;prompt'\]; expected one that is called 'prompt'"),
+    ("p.csv", b"prompt,prompt\na,b\n", "p.csv, line 1: the columns are"),
+    ("p.csv", b"prompt\na\na cat, asleep\n", "p.csv, line 3: 2 cells; expected 1, one for each column"),
+    ("p.tsv", b"id\tprompt\n1\n", "p.tsv, line 2: 1 cells; expected 2"),
+    ("p.csv", b"id,prompt\n1,\n", 'p.csv, line 2: expected an object with a text "prompt"'),
+    ("p.csv", b'prompt\n"a\nb\n', "p.csv, line 3: not a table \\(unexpected end of data"),
+)
 
 
 def test_a_bad_file_of_prompts_is_named_with_its_line(tmp_path):
-    for name, content, message in (
-        ("p.txt", b" \n\n", "p.txt: no prompts in it; expected one a line"),
-        ("p.txt", b"\xff", "p.txt: not a text file in UTF-8"),
-        ("p.jsonl", b'{"prompt": "a"}\n\n{"text": "b"}', 'p.jsonl, line 3: expected a JSON object with a text "prompt"'),
-        ("p.jsonl", b'{"prompt": 3}', 'p.jsonl, line 1: expected a JSON object with a text "prompt"'),
-        ("p.jsonl", b'{"prompt": "\\ud83d"}', "p.jsonl, line 1: not valid JSON"),  # half a character
-        ("p.jsonl", b"[", "p.jsonl, line 1: not valid JSON"),
-    ):
+    for name, content, message in BAD:
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(InputError, match=message) as error:
             read_prompts(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="absent: no such file"):
+        assert "\n" not in str(error.value)
+    with pytest.raises(MissingFile, match="absent: no such file"):
         read_prompts(tmp_path / "absent")
 
 

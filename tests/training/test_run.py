@@ -78,10 +78,38 @@ def test_phases_tell_the_most_memory_of_each():
     assert large > 0.9 > small
 
 
-def test_the_log_tells_the_time_left_and_keeps_it_out_of_the_file(tmp_path, capsys):
-    log = run.Log(tmp_path / "metrics.jsonl", 4)
-    log.write(0, {"eval": {"reward": 1.0}})
+def test_the_log_tells_the_time_left_and_keeps_it_out_of_the_file(tmp_path, capsys, monkeypatch):
+    clock = iter([0.0, 100.0, 102.0, 106.0])  # made; after the first evaluation; after rounds 1 and 2
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    log = run.Log(tmp_path / "metrics.jsonl", 4000)
+    log.write(0, {"eval": {"reward": 1.0, "w2": 0.5}, "eval_error": {"reward": 0.25}}, "evaluation 100.00 s")
     log.write(1, {"reward": 2.0}, "update 0.10 s")
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"round": 0, "eval": {"reward": 1.0}}\n{"round": 1, "reward": 2.0}\n'
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.strip() == "round 0/4" and re.fullmatch(r"round 1/4  reward 2  update 0.10 s  \d+ s left", second)
+    log.write(2, {"reward": 3.0})
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"round": 0, "eval": {"reward": 1.0, "w2": 0.5}, "eval_error": {"reward": 0.25}},
+        {"round": 1, "reward": 2.0},
+        {"round": 2, "reward": 3.0},
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "round 0/4000  evaluation 100.00 s",
+        "  eval  reward 1 ± 0.25  w2 0.5",
+        "round 1/4000  reward 2  update 0.10 s  2 s/round  2:13:18 left",
+        "round 2/4000  reward 3  3 s/round  3:19:54 left",
+    ]
+
+
+def test_the_time_left_of_a_run_that_goes_on_counts_its_own_rounds(tmp_path, capsys, monkeypatch):
+    clock = iter([0.0, 5.0])
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    run.Log(tmp_path / "metrics.jsonl", 12).write(10, {})
+    assert capsys.readouterr().out == "round 10/12  5 s/round  0:00:10 left\n"
+
+
+def test_the_closing_table_has_errors_where_they_are_known(capsys):
+    first, last = ({"reward": 0.5, "w2": 0.0}, {"reward": 0.125}), ({"reward": 0.75, "w2": 0.25}, {"reward": 0.0625})
+    run.print_table({"training": (first, last), "held out": (last, last)})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        "training held out".split(),
+        "reward 0.5000 ± 0.12 -> 0.7500 ± 0.062 0.7500 ± 0.062".split(),
+        "w2 0.0000 -> 0.2500 0.2500".split(),
+    ]

@@ -83,13 +83,21 @@ def test_a_step_clips_the_gradient_zeroes_it_and_updates_the_average():
         assert torch.allclose(weight, torch.tensor([-0.3, -0.4]))
 
 
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("adapters", [None, "new", "trained"])
 def test_the_reference_is_the_network_at_the_start_without_gradient(adapters):
-    network = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    x, start = torch.ones(1, 3), network(torch.ones(1, 3)).detach()
+    network, x = torch.nn.Sequential(torch.nn.Linear(3, 3)), torch.ones(1, 3)
+    plain = network(x)
     if adapters:
         lora.add(network, ["0"], 2, 2)
-    reference = reference_of(network, adapters)
+    if adapters == "trained":
+        torch.nn.init.ones_(network[0].lora_B.weight)
+    start = network(x).detach()
+    assert torch.equal(start, plain) == (adapters != "trained")
+    reference = reference_of(network, bool(adapters))
+    before = network(x)  # its backward pass comes after the reference, as in the scripts
+    with torch.no_grad(), reference() as frozen:
+        assert torch.equal(frozen(x), start)
+    before.sum().backward()
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.requires_grad:
@@ -98,4 +106,4 @@ def test_the_reference_is_the_network_at_the_start_without_gradient(adapters):
         y = frozen(x)
     assert torch.equal(y, start) and not y.requires_grad
     assert not torch.equal(network(x), start) and network(x).requires_grad
-    assert (frozen is network) == adapters  # adapters: no second copy
+    assert (frozen is network) == bool(adapters)  # adapters: no second copy

@@ -1,0 +1,99 @@
+"""The models that the evaluate command compares, and its folder with what has been measured of them."""
+
+import re
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+from nano_adrpo import files
+from nano_adrpo.errors import InputError, MissingFile
+from nano_adrpo.evaluation import tables
+
+
+class Entry(NamedTuple):
+    """One model of --models."""
+
+    name: str
+    step: int | None
+    what: str  # as on the command line
+    model: str
+    adapter: str | None
+    run: int  # counts the entries of one name and step
+
+    @property
+    def title(self):
+        return self.name if self.step is None else f"{self.name}@{self.step}"
+
+
+def entries(specs):
+    """--models -> [Entry]."""
+    found = []
+    for spec in specs:
+        match = re.fullmatch(r"([^=@/]+)(?:@(\d+))?=(.+)", spec)
+        if not match:
+            raise InputError(f"--models {spec!r}: expected NAME=MODEL, NAME=MODEL+ADAPTER or NAME@STEP=…")
+        name, step, what = match[1], match[2] and int(match[2]), match[3]
+        model, _, adapter = (what, "", "") if Path(what).exists() else what.rpartition("+")
+        for path in filter(None, (model or what, adapter)):
+            if not Path(path).exists():
+                raise MissingFile(f"--models {spec!r}: {path}: no such file or folder")
+        run = sum((entry.name, entry.step) == (name, step) for entry in found)
+        found.append(Entry(name, step, what, model, adapter or None, run))
+    return found
+
+
+class Results:
+    """The folder of an evaluation: config.json has its options, scores/ what has been measured, a file a model and seed."""
+
+    def __init__(self, out, entries):
+        self.out, self.entries, self.reference = Path(out), entries, entries[0]
+
+    def open(self, options):
+        """Writes config.json into the folder, which must exist. Where it has one, refuses other options than it holds."""
+        config = self.out / "config.json"
+        if config.is_file():
+            for name, value in files.read_json(config).items():
+                if value != options.get(name):
+                    other = f"--{name.replace('_', '-')} ({textwrap.shorten(repr(value), 80)})"
+                    raise InputError(f"--out {self.out}: holds an evaluation with another {other}")
+        else:
+            files.write_json(config, options)
+        (self.out / "scores").mkdir(exist_ok=True)
+
+    def measured(self, entry, seed, measure):
+        """What `measure(entry, seed)` gives, a dict, from disk where it is there."""
+        file = self.out / "scores" / f"{entry.title}.{entry.run}.seed{seed}.json"
+        if file.is_file():
+            values = files.read_json(file)
+            if values.pop("model", None) != entry.what:
+                raise InputError(f"{file}: holds another model's scores than {entry.what}; expected another --out, or name")
+            if (reference := values.pop("reference", None)) != self.reference.what:
+                raise InputError(
+                    f"{file}: was measured from the reference {reference}, not {self.reference.what}; expected another --out"
+                )
+            return values
+        values = measure(entry, seed)
+        files.write_json(file, {"model": entry.what, "reference": self.reference.what, **values})
+        return values
+
+    def rows(self, seeds, measure):
+        """Measures what has not been measured. -> a row (see tables.py) per name
+
+        seeds     a function of an Entry: how many it has
+        measure   see `measured`; where it gives "errors", too, {metric: standard error}, they are those of a single run
+        """
+        results = {}  # name -> step -> run -> [{metric: number} for each seed]
+        for number, entry in enumerate(self.entries, 1):
+            for seed in range(seeds(entry)):
+                values = self.measured(entry, seed, measure)
+                steps = results.setdefault(entry.name, {})
+                steps.setdefault(entry.step or 0, {}).setdefault(entry.run, []).append(values)
+                print(f"{number}/{len(self.entries)}  {entry.title} run {entry.run} seed {seed}", flush=True)
+        return [self.row(name, [list(runs.values()) for _, runs in sorted(steps.items())]) for name, steps in results.items()]
+
+    def row(self, name, steps):
+        errors = [values.pop("errors", {}) for runs in steps for noises in runs for values in noises][-1]
+        row = tables.row(name, None, steps)
+        if len(steps[-1]) == len(steps[-1][0]) == 1:
+            row["final"] = {metric: (mean, errors.get(metric, error)) for metric, (mean, error) in row["final"].items()}
+        return row

@@ -1,0 +1,42 @@
+"""A rollout: which prompts the policy reads, and what of its text is the completion."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nano_adrpo.language.rollout import roll_out
+from nano_adrpo.rewards.answers import exact_answer
+from nano_adrpo.rewards.text import Problem
+
+
+class Letters:
+    """A codec whose tokens are characters."""
+
+    eos, ended = [0], None
+
+    def encode(self, prompts, longest, device):
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + [*map(ord, prompt)] for prompt in prompts])
+        return ids, (ids > 0).long()
+
+    def decode(self, ids, mask):
+        return ["".join(chr(index) for index in row[keep.bool()]) for row, keep in zip(ids, mask)]
+
+
+def model(completion):
+    def generate(ids, mask, max_new_tokens, eos, ended, generator, temperature):
+        new = torch.tensor([[*map(ord, completion)]] * len(ids))
+        return torch.cat([ids, new], dim=1), torch.ones_like(new)
+
+    return SimpleNamespace(generate=generate, model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=torch.zeros(1))))
+
+
+@pytest.mark.parametrize("completion, right", [("5 is 42", 0), ("5</think>42", 1), ("42</think>", 0)])
+def test_a_thought_that_the_prompt_opens_is_part_of_the_text(completion, right):
+    # As the templates of some thinking models end. Such a completion that was cut off has no answer.
+    problems = [Problem("2+40<think>\n"), Problem("a question"), Problem("b", few_shot="<think></think>\n\n")]
+    rollout = roll_out(model(completion), Letters(), problems, 20, 100, temperature=1.0)
+    assert rollout.texts == ["<think>" + completion, completion, completion]
+    assert exact_answer(rollout.texts[0], 42) == right
+    assert Letters().decode(rollout.ids, rollout.seen)[2] == "<think></think>\n\nb" + completion
