@@ -51,7 +51,8 @@ def main(argv=None):
     texts, categories = zip(*prompts, *held_out)
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: every device draws the same numbers
     policy, condition, negative, reference = open_policy(args, texts, generator)
-    shape, times = latent_shape(args, policy), policy.times(args.ode_steps, args.shift)
+    shape = latent_shape(args, policy)
+    times = policy.times(args.ode_steps, args.shift, shape)
     sampling = {"times": times, "negative": negative, "guidance": args.guidance, "method": args.ode_method}
     optimizer = torch.optim.AdamW(trained(policy.transformer), args.lr, weight_decay=args.weight_decay)
     ema = MovingAverage(trained(policy.transformer), args.ema)
@@ -186,13 +187,17 @@ def open_policy(args, prompts, generator):
     encoded = None
     if args.prompts:  # encode, then drop the text encoders; if the embeddings are on disk, they are not loaded at all
         file = args.embeddings or f"{args.prompts}.embeddings.safetensors"
-        encoded = cached(file, prompts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5)
-    policy = TextToImage.from_pretrained(args.model, weight_dtype(args), args.device, args.base, encoders=encoded is None)
+        encoded = cached(
+            file, prompts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5, args.lower_case
+        )
+    policy = TextToImage.from_pretrained(
+        args.model, weight_dtype(args), args.device, args.base, encoders=encoded is None, lower=args.lower_case
+    )
     condition, negative = encoded or (policy.encode(prompts), policy.encode([args.negative_prompt], negative=True))
     add_adapter(args, policy)
     if args.lora_rank:
         with about("--lora-targets"):
-            targets = args.lora_targets or lora.MMDIT_TARGETS
+            targets = args.lora_targets or policy.family.targets
             lora.add(policy.transformer, targets, args.lora_rank, args.lora_alpha or args.lora_rank, generator)
     reference = reference_of(policy.transformer, options.adapted(args))
     policy.transformer.gradient_checkpointing = args.gradient_checkpointing
@@ -286,23 +291,24 @@ def parse(argv=None):
     add("--group-size", type=positive(int), default=8, help="samples per prompt, at least 2")
     add("--ode-steps", type=positive(int), default=8, help="integration steps from noise to image")
     add("--ode-method", choices=tuple(ode.EVALUATIONS), default="euler", help="integrator")
-    add("--shift", type=positive(float), help="time-grid shift; default the model's own: 3 in SD3, 1 in pixel space")
+    add("--shift", type=positive(float), help="time-grid shift; default the model's own, as 3 in SD3 and 1 in pixel space")
     add("--guidance", type=positive(float, zero=True), default=1.0, help="guidance scale of rollouts; up to 1 is none")
     add("--negative-prompt", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side of the images in pixels; default the model's own")
     add("--rollout-batch", type=positive(int), help="samples at a time in rollouts and their rewards; default all")
-    add = options.optimisation(parser, lora.MMDIT_TARGETS, rounds=40, lr=6e-4, lr_schedule="cosine")
+    add = options.optimisation(parser, ["the attention's projections"], rounds=40, lr=6e-4, lr_schedule="cosine")
     add("--inner-steps", type=positive(int), default=4, help="gradient steps a round")
     flag(add, "--compile", False, "torch.compile the transformer")
     add = parser.add_argument_group("inputs").add_argument
-    add("--model", default=demo.FLOW["model"], help="folder in diffusers' SD3 pipeline layout, or Stability's single file")
+    add("--model", default=demo.FLOW["model"], help="folder in diffusers' pipeline layout (SD3, FLUX) or a public single file")
     add("--base", help="such a folder for the parts that --model lacks (a single file lacks the tokenizers)")
     add(
         "--t5",
         choices=("load", "stream", "zeros"),
         default="load",
-        help="SD3's T5: at once, layer by layer from disk, without it",
+        help="SD3's and FLUX's T5: at once, layer by layer from disk, without it (SD3 alone)",
     )
+    flag(add, "--lower-case", None, "lower-case the prompts; default as diffusers does it: only for SANA")
     add("--reward", nargs="+", default=demo.FLOW["reward"], help="NAME:FOLDER[@WEIGHT] …, see nano_adrpo/rewards/images.py")
     add("--prompts", help='.txt with a prompt a line, or JSON (lines), CSV, TSV with "prompt", "category"; default the demo\'s')
     add("--held-out", help="the same, for evaluation only; needs --prompts")

@@ -9,7 +9,8 @@
 A model is NAME=MODEL or NAME=MODEL+ADAPTER or, of any other system, NAME=FOLDER of PNG images, any number of them a prompt (see
 evaluation/image_folders.py for which belongs to which). NAME@STEP is one checkpoint of a run: the table has the last, the
 picture all. A name (or name and step) given again is another training run of the same method. The first model is the reference,
-from which W2 or the KL is measured. All models start from the same random numbers. With --problems they are language models.
+from which W2 (within its family) or the KL is measured. All start from the same random numbers. With --problems they are
+language models.
 
 Written to --out: table.md and results.json (mean ± standard error, over training runs where a model has several, else over the
 seeds of the noise or, of language models, over the problems), reward_….png, and of images side_by_side.png and images/, of
@@ -37,7 +38,7 @@ from nano_adrpo.rewards import images as image_rewards
 from nano_adrpo.rewards import text as text_rewards
 from nano_adrpo.text_to_image import TextToImage, prompts
 from nano_adrpo.training import options
-from nano_adrpo.training.options import DTYPES, device, positive
+from nano_adrpo.training.options import DTYPES, device, flag, positive
 from nano_adrpo.training.run import new_folder
 
 
@@ -61,13 +62,14 @@ def parse(argv=None):
     add("--base", help="folder for the parts that a MODEL lacks, as a single file its tokenizers")
     add("--clip-diversity", choices=("normalized", "projected"), default="normalized", help="projected has the paper's scale")
     add("--seeds", type=positive(int), default=3, help="noises, from 0; 0 is the training script's evaluation")
-    add("--steps", type=positive(int), default=8, help="Euler steps from noise to image; SD3's usual is 28")
+    add("--steps", type=positive(int), default=8, help="Euler steps from noise to image; SD3's and FLUX's usual is 28")
     add("--shift", type=positive(float), help="time-grid shift; default the model's own")
     add("--guidance", type=positive(float, zero=True), default=1.0, help="classifier-free guidance scale; up to 1 is none")
     add("--negative-prompt", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side in pixels; default the model's own")
-    t5 = "SD3's T5: at once, layer by layer from disk, without it"
+    t5 = "SD3's and FLUX's T5: at once, layer by layer from disk, without it (SD3 alone)"
     add("--t5", choices=("load", "stream", "zeros"), default="load", help=t5)
+    flag(add, "--lower-case", None, "lower-case the prompts; default as diffusers does it: only for SANA")
     words = parser.add_argument_group("text")
     add = words.add_argument
     add("--problems", help="JSON lines, see train_grpo.py; the models are language models")
@@ -126,12 +128,13 @@ class Evaluation:
         self.reward = image_rewards.parse(args.rewards)
         self.out, self.dtype = Path(args.out), DTYPES[args.dtype]
         self.loaded = {}  # of the reference and of the current entry: what `load` gives
+        self.space = {}  # of each model: its family and its latents' shape. W2 means something where these are the same
         self.check()
         self.results = open_results(args, self.entries, {"prompts": [list(prompt) for prompt in self.prompts]})
 
     def check(self):
         """Checks file names and headers, so that errors come before long work."""
-        first, images_only = None, {}
+        first, images_only, spaces = None, {}, {}
         for entry in self.entries:
             is_images = image_folders.is_images(entry.model)
             if images_only.setdefault(entry.name, is_images) != is_images:
@@ -144,11 +147,13 @@ class Evaluation:
             if entry.adapter:
                 lora.load(model.transformer, entry.adapter)
             shape = self.shape(model)
-            first = first or (entry.what, shape)
-            if shape != first[1]:
-                raise InputError(
-                    f"--models {entry.what}: latents {list(shape)}; expected {list(first[1])}, those of {first[0]}"
-                )
+            image = [3 if model.vae else shape[0], *(side * model.factor for side in shape[1:])]
+            first = first or (entry.what, image)
+            if image != first[1]:
+                raise InputError(f"--models {entry.what}: images {image}; expected {first[1]}, those of {first[0]}")
+            self.space[entry] = spaces.setdefault(entry.name, (model.family.name, shape))
+            if self.space[entry] != (model.family.name, shape):
+                raise InputError(f"--models {entry.what}: {entry.name} is of two families; expected one to a name")
 
     def seeds(self, entry):
         return image_folders.seeds(entry.model, self.args.seeds) if image_folders.is_images(entry.model) else self.args.seeds
@@ -165,8 +170,9 @@ class Evaluation:
             self.loaded = {kept: model for kept, model in self.loaded.items() if kept == self.reference}
             file = self.out / "embeddings" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', entry.model)}.safetensors"
             condition, negative = prompts.cached(
-                file, self.texts, args.negative_prompt, entry.model, self.dtype, args.device, args.base, args.t5
-            )
+                file, self.texts, args.negative_prompt, entry.model, self.dtype, args.device, args.base, args.t5,
+                args.lower_case,
+            )  # fmt: skip
             model = TextToImage.from_pretrained(entry.model, self.dtype, args.device, args.base, encoders=False)
             if entry.adapter:
                 lora.load(model.transformer, entry.adapter)
@@ -189,10 +195,11 @@ class Evaluation:
             known = {metric: value for metric, value in values.items() if not math.isnan(value)}  # one image has no diversity
             return known, images.split(counts)
         model, condition, negative = self.load(entry)
+        shape = self.shape(model)
         values, _, images, *_ = evaluate(
             model, condition, self.texts, self.reward, self.judge,
-            None if image_folders.is_images(self.reference.model) else self.reference_velocity,
-            shape=self.shape(model), times=model.times(args.steps, args.shift), negative=negative, guidance=args.guidance,
+            self.reference_velocity if self.space[entry] == self.space.get(self.reference) else None,
+            shape=shape, times=model.times(args.steps, args.shift, shape), negative=negative, guidance=args.guidance,
             categories=categories,
             samples=args.samples, seed=seed, batch=args.batch, device=args.device, normalize=normalize,
         )  # fmt: skip

@@ -29,7 +29,7 @@ from nano_adrpo.training.options import positive
 def parse(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument_group("inputs").add_argument
-    add("--model", required=True, help="SD3 folder in diffusers' layout, Stability's single file, or a decoder's folder")
+    add("--model", required=True, help="image model: folder in diffusers' layout or single file; or a decoder's folder")
     add("--base", help="folder for the parts that --model lacks, as a single file its tokenizers")
     add("--adapter", help="folder in PEFT's layout, made for this model")
     add("--prompt", help="one prompt")
@@ -44,7 +44,8 @@ def parse(argv=None):
     add("--guidance", type=positive(float, zero=True), default=1.0, help="classifier-free guidance scale; up to 1 is none")
     add("--negative-prompt", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side in pixels; default the model's own")
-    add("--t5", choices=("load", "stream", "zeros"), default="load", help="SD3's T5: at once, layer by layer, without it")
+    add("--t5", choices=("load", "stream", "zeros"), default="load", help="SD3's, FLUX's T5: at once, by layers, without (SD3)")
+    options.flag(add, "--lower-case", None, "lower-case the prompts; default as diffusers does it: only for SANA")
     add("--tile", type=positive(int), help="decode in tiles of so many latent pixels: less memory for large images")
     add = parser.add_argument_group("text").add_argument
     add("--max-new-tokens", type=positive(int), help="tokens of a completion; default 256, or half the model's positions")
@@ -69,7 +70,7 @@ def is_decoder(path):
     config = Path(path) / "config.json"
     kind = files.read_json(config).get("model_type") if config.is_file() else None
     if kind not in (None, *DEFAULTS):
-        known = f"one of {', '.join(DEFAULTS)}, or a folder in diffusers' SD3 pipeline layout"
+        known = f"one of {', '.join(DEFAULTS)}, or a folder in diffusers' pipeline layout"
         raise InputError(f"{config}: 'model_type' is {kind!r}; expected {known}")
     return kind is not None
 
@@ -88,12 +89,12 @@ def draw_images(args, texts):
     dtype = options.DTYPES[args.dtype] if args.dtype else None
     _, shape = open_model(args, dtype, "meta")  # reads headers only: what does not fit is told before the prompts are encoded
     condition, negative = prompts.cached(
-        None, texts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5
+        None, texts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5, args.lower_case
     )  # the text encoders are gone before the transformer comes
     model, _ = open_model(args, dtype, args.device)
     rows = torch.arange(len(texts)).repeat_interleave(args.count)
     x0 = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(args.seed))
-    times = model.times(args.steps, args.shift)
+    times = model.times(args.steps, args.shift, shape)
     for batch in torch.arange(len(rows)).split(args.batch):
         noise = x0[batch].to(args.device)
         _, images = model.draw(noise, condition[rows[batch]], times, negative, args.guidance, tile=args.tile)

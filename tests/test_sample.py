@@ -224,7 +224,7 @@ def test_an_adapter_of_another_model_is_named(tmp_path, sd3):
 
 def test_what_does_not_fit_is_told_before_prompts_are_encoded(tmp_path, sd3, monkeypatch):
     adapter = write_adapter(TextToImage.from_pretrained(BASE, encoders=False).transformer, ["to_q"], tmp_path / "adapter")
-    monkeypatch.setattr(PromptEncoder, "from_pretrained", lambda *_: pytest.fail("an encoder was loaded"))
+    monkeypatch.setattr(PromptEncoder, "from_pretrained", lambda *_, **options: pytest.fail("an encoder was loaded"))
     changes = {"resolution 40: expected a multiple of 16": ["--resolution", 40], "has shape": ["--adapter", adapter]}
     for message, options in changes.items():
         with pytest.raises(ValueError, match=message):

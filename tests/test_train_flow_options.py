@@ -68,7 +68,7 @@ EFFECTS = {
 # Options that change how, not what, is computed, or where from or to: each has a test of its own, here or in test_train_sd3.py.
 ELSEWHERE = {
     "--rollout-batch", "--micro-batch", "--gradient-checkpointing", "--compile", "--model", "--base", "--t5", "--prompts",
-    "--held-out", "--embeddings", "--config", "--out", "--device", "--adapter",
+    "--held-out", "--lower-case", "--embeddings", "--config", "--out", "--device", "--adapter",
 }  # fmt: skip
 
 

@@ -118,11 +118,13 @@ def test_every_method_trains_adapters(train, method):
 def test_embeddings_are_kept_and_no_encoder_is_loaded_again(train, sd3, tmp_path, monkeypatch):
     first, rows = train("first", *ADAPTERS)
     file = tmp_path / "prompts.txt.embeddings.safetensors"
-    fresh = release.PromptEncoder.from_pretrained(sd3, torch.float32).encode(["a cat", "the one", ""])
-    assert torch.equal(load_file(file)["context"], fresh.context) and torch.equal(load_file(file)["pooled"], fresh.pooled)
+    fresh, kept = release.PromptEncoder.from_pretrained(sd3, torch.float32).encode(["a cat", "the one", ""]), load_file(file)
+    for prefix, some in (("", slice(2)), ("negative.", slice(2, 3))):
+        assert torch.equal(kept[f"{prefix}context"], fresh.context[some])
+        assert torch.equal(kept[f"{prefix}pooled"], fresh.pooled[some])
     before = file.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(release.PromptEncoder, "from_pretrained", lambda *args: pytest.fail("an encoder was loaded"))
+        patch.setattr(release.PromptEncoder, "from_pretrained", lambda *args, **options: pytest.fail("an encoder was loaded"))
         second, again = train("second", *ADAPTERS)
     assert rows == again and file.read_bytes() == before
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())

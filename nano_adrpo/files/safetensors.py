@@ -40,8 +40,8 @@ def load(build, checkpoint, dtype=None, device=None, key_of=str, ignore=""):
     """Builds a model, fills it from `checkpoint` and sets it to eval mode; -> the model.
 
     build     () -> the model; it is called on the meta device
-    key_of    name of a tensor in the model -> its key in the file. Several names with one key are equal blocks of that tensor
-              along its first axis, in the order of the model's names: a query-key-value layer in one. A linear layer may be
+    key_of    name of a tensor in the model -> its key in the file. Several names with one key are blocks of that tensor along
+              its first axis, in the order of the model's names: a query-key-value layer in one. A linear layer may be
               stored as a 1 × 1 convolution
     ignore    a regular expression: keys that match it are not read
     dtype     None keeps the file's; where a file mixes several, all become the narrowest that holds each. A float8 file needs
@@ -66,8 +66,8 @@ def load(build, checkpoint, dtype=None, device=None, key_of=str, ignore=""):
     dtype = dtype or checkpoint.common_dtype(keys)
     tensors = {}
     for key in keys:
-        tensor, count = checkpoint.read(key, device), len(names[key])
-        blocks = [block.clone() for block in tensor.chunk(count)] if count > 1 else [tensor]
+        tensor, rows = checkpoint.read(key, device), [len(state[name]) for name in names[key] if state[name].dim()]
+        blocks = [block.clone() for block in tensor.split(rows)] if len(rows) > 1 else [tensor]
         for name, block in zip(names[key], blocks):
             block = block[..., 0, 0] if block.dim() > state[name].dim() else block
             tensors[name] = block.to(dtype) if block.is_floating_point() else block

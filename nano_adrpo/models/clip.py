@@ -100,13 +100,13 @@ class CLIP(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """The text tower and its projection: one of SD3's prompt encoders."""
+    """The text tower and its projection, or (projected=False, as in FLUX) the tower alone: a prompt encoder."""
 
-    def __init__(self, config):
+    def __init__(self, config, projected=True):
         super().__init__()
-        self.config = config
+        self.config, self.projected = config, projected
         self.text_model = TextTower(config)
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False) if projected else nn.Identity()
 
     def forward(self, ids):
         """ids [B, L] -> (hidden states of the last-but-one layer [B, L, D], pooled projection [B, P])."""
@@ -114,15 +114,16 @@ class CLIPText(nn.Module):
         return hidden, self.text_projection(pooled)
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device=None, prefix=""):
-        """Opens a transformers CLIPTextModelWithProjection folder, or a single file of SD3's release: clip_l.safetensors,
-        clip_g.safetensors, or a bigger file whose keys for this encoder begin with `prefix`, such as
-        `text_encoders.clip_l.transformer.`. dtype None is the file's; device None the CPU."""
-        return load_text(cls, Path(path), dtype, device, prefix)
+    def from_pretrained(cls, path, dtype=None, device=None, prefix="", projected=True):
+        """Opens a transformers CLIPTextModelWithProjection folder (projected=False: a CLIPTextModel folder), or a single file
+        of SD3's release: clip_l.safetensors, clip_g.safetensors, or a bigger file whose keys for this encoder begin with
+        `prefix`, such as `text_encoders.clip_l.transformer.`. dtype None is the file's; device None the CPU."""
+        return load_text(cls, Path(path), dtype, device, prefix, projected)
 
     def save_pretrained(self, path):
-        """Writes a folder that transformers' CLIPTextModelWithProjection.from_pretrained opens."""
-        config = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
+        """Writes a folder that transformers' CLIPTextModelWithProjection or CLIPTextModel opens."""
+        name = "CLIPTextModelWithProjection" if self.projected else "CLIPTextModel"
+        config = {"architectures": [name], "model_type": "clip_text_model"}
         safetensors.save_model(path, self, {**config, **dataclasses.asdict(self.config)})
 
 
@@ -252,27 +253,26 @@ def load(cls, path, dtype, device):
     return safetensors.load(lambda: cls(config), safetensors.Checkpoint(path), dtype, device, ignore=POSITIONS)
 
 
-def load_text(cls, path, dtype, device, prefix):
+def load_text(cls, path, dtype, device, prefix, projected):
+    file = safetensors.Checkpoint(path, prefix=prefix)
     if not path.is_file():
         config = configs.read(TextConfig, path / "config.json", {"model_type": ("clip_text_model",)}, ("model_type",))
-        return safetensors.load(lambda: cls(config), safetensors.Checkpoint(path), dtype, device, ignore=POSITIONS)
-    file = safetensors.Checkpoint(path, prefix=prefix)
+        # transformers 5 writes a tower without a projection under names without the tower's own.
+        bare = "embeddings.token_embedding.weight" in file.home
+        ignore = POSITIONS if projected else rf"{POSITIONS}|{re.escape(PROJECTION)}"
+        return safetensors.load(
+            lambda: cls(config, projected), file, dtype, device, lambda name: name.removeprefix("text_model." * bare), ignore
+        )
     # SD3 takes CLIP-L's pooled output as it is, without a projection, even where its file has the matrix.
-    projected = "clip_g" in prefix or PROJECTION in file.home and "clip_l" not in prefix
-    config = single_file_config(file, projected)
-    ignore = rf"{POSITIONS}|logit_scale" + ("" if projected else rf"|{re.escape(PROJECTION)}")
-
-    def build():
-        model = cls(config)
-        if not projected:
-            model.text_projection = nn.Identity()
-        return model
-
-    model = safetensors.load(build, file, dtype, device, ignore=ignore)
-    if not projected:  # from here on the identity is a matrix, as in the folders of the release
+    matrix = projected and ("clip_g" in prefix or PROJECTION in file.home and "clip_l" not in prefix)
+    config = single_file_config(file, matrix)
+    ignore = rf"{POSITIONS}|logit_scale" + ("" if matrix else rf"|{re.escape(PROJECTION)}")
+    model = safetensors.load(lambda: cls(config, matrix), file, dtype, device, ignore=ignore)
+    if projected and not matrix:  # from here on the identity is a matrix, as in the folders of the release
         norm = model.text_model.final_layer_norm.weight
         model.text_projection = nn.Linear(len(norm), len(norm), bias=False, device=norm.device, dtype=norm.dtype)
         nn.init.eye_(model.text_projection.weight)
+        model.projected = True
     return model
 
 

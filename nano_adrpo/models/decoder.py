@@ -1,13 +1,15 @@
-"""A decoder language model, of the families Qwen2 (and 2.5), Qwen3, Llama and Gemma.
+"""A decoder language model, of the families Qwen2 (and 2.5), Qwen3, Llama, Gemma and Gemma 2.
 
   * pre-norm blocks of causal self-attention and gated MLP (Shazeer 2020, arXiv 2002.05202), RMS norm throughout
   * rotary positions (rope.py); grouped queries share keys and values (Ainslie et al. 2023, arXiv 2305.13245)
   * the head is a matrix of its own or, tied, the token embeddings once more
   * Qwen2: biases on queries, keys and values. Qwen3: RMS norm on each head's queries and keys. Gemma: norms scale by 1 + w,
-    embeddings are multiplied by √width, the MLP's gate is a tanh GELU
+    embeddings are multiplied by √width, the MLP's gate is a tanh GELU. Gemma 2 (2024, arXiv 2408.00118): also norms behind
+    attention and MLP, and c · tanh(x / c) of attention scores and logits, so that they stay within ±c
 
-`Decoder` gives logits, samples (language/sampling.py) and scores tokens; `RewardModel` gives one number per sequence. Module
-names are transformers' (Qwen2ForCausalLM and the like, GemmaForSequenceClassification), so its folders load key by key.
+`Decoder` gives logits, samples (language/sampling.py) and scores tokens; `RewardModel` gives one number per sequence;
+`TextEncoder` the hidden states. Module names are transformers' (Qwen2ForCausalLM and the like, GemmaForSequenceClassification,
+Gemma2Model), so its folders load key by key.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ from nano_adrpo.files import safetensors
 from nano_adrpo.language import sampling
 from nano_adrpo.models import rope, tokenizers
 from nano_adrpo.models.rope import rotate
+from nano_adrpo.models.token_scores import TokenScores
 
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -50,6 +53,10 @@ class Config:
     rope_scaling: dict | None = None  # None, or rope_type and its numbers, see rope.py
     attention_bias: bool = False
     tie_word_embeddings: bool = False
+    query_pre_attn_scalar: float | None = None  # attention scores are divided by its root; None: head_dim's
+    attn_logit_softcapping: float | None = None  # c of the attention scores
+    final_logit_softcapping: float | None = None  # c of the logits
+    sliding_window: int | None = None  # tokens that every other layer of Gemma 2 sees: longer texts are refused
     bos_token_id: Any = None  # these three are kept for the files; language/chat.py reads the second
     eos_token_id: Any = None
     pad_token_id: Any = None
@@ -65,7 +72,11 @@ class Config:
     @property
     def positions(self):
         """How many tokens a text may have."""
-        return rope.reach(self)
+        return min(rope.reach(self), self.sliding_window or math.inf)
+
+    @property
+    def is_gemma(self):
+        return self.model_type in ("gemma", "gemma2")
 
 
 class Transformer(nn.Module):
@@ -84,17 +95,21 @@ class Transformer(nn.Module):
         length = past + ids.shape[1]
         if mask is not None and mask.shape != (len(ids), length):
             raise InputError(f"mask is {list(mask.shape)}; expected {[len(ids), length]}")
+        if length > (self.config.sliding_window or length):
+            window = self.config.sliding_window
+            raise InputError(f"the texts have {length} tokens; expected at most {window}, which all layers of Gemma 2 see")
         key = torch.arange(length, device=ids.device)
         query = key[past:, None]
         if mask is None:
-            attends, positions = (key <= query if past and len(query) > 1 else None), key[None, past:]
+            whole = self.config.attn_logit_softcapping is None and not (past and len(query) > 1)
+            attends, positions = (None if whole else key <= query), key[None, past:]
         else:
             # A padding token still sees itself: a row that sees nothing would be NaN.
             attends = (key <= query) & mask.bool()[:, None, None] | (key == query)  # [B, 1, T, S]
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # padding does not count
         turns = rope.rotations(self.config, positions)
         x = self.embed_tokens(ids)
-        if self.config.model_type == "gemma":
+        if self.config.is_gemma:
             x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)  # rounded to x's dtype, as it was trained
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -115,17 +130,27 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config, dim)
         self.mlp = nn.ModuleDict({name: nn.Linear(dim, inner, bias=False) for name in ("gate_proj", "up_proj")})
         self.mlp["down_proj"] = nn.Linear(inner, dim, bias=False)
+        self.four_norms = config.model_type == "gemma2"
+        if self.four_norms:
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(config, dim), RMSNorm(config, dim)
 
     def forward(self, x, turns, attends, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), turns, attends, cache)
-        normed = self.post_attention_layernorm(x)
-        return x + self.mlp["down_proj"](self.act(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed))
+        attended = self.self_attn(self.input_layernorm(x), turns, attends, cache)
+        if self.four_norms:  # where Gemma 2's post_attention_layernorm is what its name says
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(self.feed(self.pre_feedforward_layernorm(x)))
+        x = x + attended
+        return x + self.feed(self.post_attention_layernorm(x))
+
+    def feed(self, x):
+        return self.mlp["down_proj"](self.act(self.mlp["gate_proj"](x)) * self.mlp["up_proj"](x))
 
 
 class Attention(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         self.index, self.size = index, config.head_dim
+        self.scale, self.cap = (config.query_pre_attn_scalar or self.size) ** -0.5, config.attn_logit_softcapping
         dim, inner, shared = config.hidden_size, config.num_attention_heads * self.size, config.num_key_value_heads * self.size
         qwen2, bias = config.model_type == "qwen2", config.attention_bias  # Qwen2 has no such option
         self.q_proj = nn.Linear(dim, inner, bias=qwen2 or bias)
@@ -148,8 +173,17 @@ class Attention(nn.Module):
         elif attends is not None:  # CUDA's memory-saving kernel for masks wants a key head for every query head
             k, v = (shared.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for shared in (k, v))
         few, causal = k.shape[1] < q.shape[1], attends is None and x.shape[1] > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attends, is_causal=causal, enable_gqa=few)
+        if self.cap is None:
+            out = F.scaled_dot_product_attention(q, k, v, attends, is_causal=causal, scale=self.scale, enable_gqa=few)
+        else:  # torch's kernels have no cap
+            scores = soft_cap((q @ k.mT).float() * self.scale, self.cap)  # [B, heads, T, S]
+            out = scores.masked_fill(~attends, -math.inf).softmax(dim=-1).to(v.dtype) @ v
         return self.o_proj(out.reshape(len(x), -1, x.shape[1], self.size).transpose(1, 2).flatten(2))
+
+
+def soft_cap(x, cap):
+    """Presses x into ±cap; None leaves it."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 class RMSNorm(nn.Module):
@@ -157,7 +191,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config, dim):
         super().__init__()
-        self.eps, self.offset = config.rms_norm_eps, 1.0 if config.model_type == "gemma" else 0.0
+        self.eps, self.offset = config.rms_norm_eps, 1.0 if config.is_gemma else 0.0
         self.weight = nn.Parameter(torch.full((dim,), 1 - self.offset))
 
     def forward(self, x):
@@ -185,16 +219,14 @@ class Pretrained(nn.Module):
     def save_pretrained(self, path):
         """Writes a folder that transformers and vLLM open: config.json, model.safetensors, and `files`."""
         config = {"architectures": [self.config.model_type.capitalize() + self.task], **dataclasses.asdict(self.config)}
+        config = {key: value for key, value in config.items() if self.config.model_type == "gemma2" or key not in GEMMA2}
         config["torch_dtype"] = str(self.model.norm.weight.dtype).removeprefix("torch.")
         if self.task == "ForSequenceClassification":
             config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}  # one output: a reward, not classes
-        safetensors.save_model(path, self, config)
+        safetensors.save_model(path, self.model if self.task == "Model" else self, config)  # as transformers names the tensors
         for name, content in self.files.items():
             (Path(path) / name).parent.mkdir(exist_ok=True)
             files.write_bytes(Path(path) / name, content)
-
-
-CHUNK = 2**24  # logits that token_logprobs holds at a time: 64 MiB in float32
 
 
 class Decoder(Pretrained):
@@ -208,7 +240,9 @@ class Decoder(Pretrained):
 
     def head(self, hidden):
         """[..., D] -> logits [..., V]"""
-        return F.linear(hidden, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        tied = self.config.tie_word_embeddings
+        logits = F.linear(hidden, self.model.embed_tokens.weight) if tied else self.lm_head(hidden)
+        return soft_cap(logits, self.config.final_logit_softcapping)
 
     def forward(self, ids, mask=None):
         """ids [B, T], mask [B, T] (1 at tokens, 0 at padding on either side; None: all tokens) -> logits [B, T, V]."""
@@ -225,54 +259,10 @@ class Decoder(Pretrained):
             raise InputError(f"start is {start} and temperature {temperature}; expected 1 … {ids.shape[1]} and above 0")
         hidden = self.model(ids, mask)[:, start - 1 : -1]  # [B, T − start, D]; position t−1 tells token t
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        scores = TokenScores.apply(hidden.flatten(0, 1), weight, ids[:, start:].flatten(), temperature)
+        cap, tokens = self.config.final_logit_softcapping, ids[:, start:].flatten()
+        scores = TokenScores.apply(hidden.flatten(0, 1), weight, tokens, temperature, cap)
         logp, entropies = (score.view(len(ids), ids.shape[1] - start) for score in scores)
         return (logp, entropies) if entropy else logp
-
-
-class TokenScores(torch.autograd.Function):
-    """log π(token) and π's entropy for π = softmax(hidden·Wᵀ / temperature), a few rows at a time: hidden [N, D], W [V, D],
-    tokens [N] -> two [N]. Backward computes each chunk's logits once more instead of keeping them, and knows their gradient:
-    ∂ log π(token) / ∂ logits = (1 at the token − π) / temperature. The entropy is for logging and has none.
-    """
-
-    @staticmethod
-    def chunks(hidden, weight, temperature):
-        """-> slices of rows, and log π [rows, V] for each, float32."""
-        size = max(1, CHUNK // len(weight))
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            yield rows, (F.linear(hidden[rows], weight).float() / temperature).log_softmax(dim=-1)
-
-    @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature):
-        ctx.save_for_backward(hidden, weight, tokens)
-        ctx.temperature, ctx.dtype = temperature, F.linear(hidden[:0], weight).dtype  # autocast chooses one for products
-        logp, entropy = hidden.new_empty(2, len(tokens), dtype=torch.float32)
-        for rows, every in TokenScores.chunks(hidden, weight, temperature):
-            logp[rows] = every.gather(-1, tokens[rows, None])[:, 0]
-            entropy[rows] = -(every.exp() * every).sum(dim=-1)
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        hidden, weight, tokens = ctx.saved_tensors
-        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        grad_h, grad_w = torch.empty_like(h), None
-        if ctx.needs_input_grad[1]:  # a sum over chunks, in float32: half precision would lose the later ones
-            grad_w = torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
-        for rows, every in TokenScores.chunks(h, w, ctx.temperature):
-            slope = every.exp_().neg_()  # −π, in the chunk's own memory
-            slope[torch.arange(len(slope)), tokens[rows]] += 1
-            slope = slope.mul_(grad[rows, None] / ctx.temperature).to(ctx.dtype)  # [rows, V], of the logits
-            grad_h[rows] = slope @ w
-            if grad_w is not None and grad_w.dtype == slope.dtype:
-                grad_w.addmm_(slope.T, h[rows])  # without a second matrix of its size
-            elif grad_w is not None:
-                grad_w += slope.T @ h[rows]
-        return grad_h.to(hidden.dtype), None if grad_w is None else grad_w.to(weight.dtype), None, None
 
 
 class RewardModel(Pretrained):
@@ -292,12 +282,29 @@ class RewardModel(Pretrained):
         return self.score(hidden)[:, 0].float()
 
 
+class TextEncoder(Pretrained):
+    """The hidden states behind the last norm, which Sana reads Gemma 2's of."""
+
+    task = "Model"
+
+    def forward(self, ids, mask=None):
+        """ids [B, T], mask [B, T] (padding on either side; None: all tokens) -> [B, T, D]."""
+        return self.model(ids, mask)
+
+
 # ------------------------------------------------------------------------------------------------------------------- files
 
 # What a family's config.json leaves out has these values, which are transformers' own.
 QWEN = {
     "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768, "max_window_layers": 28,
+}  # fmt: skip
+GEMMA = {
+    "vocab_size": 256000, "head_dim": 256, "max_position_embeddings": 8192, "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+GEMMA2 = {  # keys of no other family
+    "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096,
 }  # fmt: skip
 DEFAULTS = {
     "qwen2": QWEN,
@@ -307,9 +314,12 @@ DEFAULTS = {
         "num_attention_heads": 32, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
     },
     "gemma": {
-        "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
-        "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+        **GEMMA, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+    "gemma2": {
+        **GEMMA, **GEMMA2, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+        "num_key_value_heads": 4,
     },
 }  # fmt: skip
 
@@ -341,9 +351,10 @@ def read_config(path):
     family = values["model_type"]
     values = {**DEFAULTS[family], **values}
     values |= rope.read_rope(values, where)
-    if family == "gemma" and values["hidden_act"] == "gelu":
+    if family in ("gemma", "gemma2") and values["hidden_act"] == "gelu":
         values["hidden_act"] = "gelu_pytorch_tanh"  # what the first Gemma files meant by gelu
-    config = configs.parse(Config, values, where)
+    own = {key: value for key, value in values.items() if family == "gemma2" or key not in GEMMA2}
+    config = configs.parse(Config, own, where)
     check_windows(values, config, where)
     return config
 
@@ -364,15 +375,23 @@ def check_windows(values, config, where):
 
 def load(cls, path, dtype, device):
     config, file = read_config(path), safetensors.Checkpoint(path)
-    head, embeddings, elsewhere = "lm_head.weight", "model.embed_tokens.weight", {}
+    bare = not any(key.startswith("model.") for key in file.home)  # saved without a head, by a class such as Gemma2Model
+    head, embeddings, elsewhere = "lm_head.weight", "embed_tokens.weight" if bare else "model.embed_tokens.weight", {}
     ignore = r".*rotary_emb\.inv_freq"  # older files carry the rotary frequencies, which the config tells
-    if config.tie_word_embeddings and head in file.home and embeddings not in file.home:
+    if cls is TextEncoder:
+        ignore += f"|{head}|score.weight"
+    elif config.tie_word_embeddings and head in file.home and embeddings not in file.home:
         elsewhere[embeddings] = head
     elif config.tie_word_embeddings and head in file.home:
         ignore += f"|{head}"
         one, other = file.read(head, device), file.read(embeddings, device)
         if one.shape != other.shape or not (one.is_meta or torch.equal(one, other)):
             raise InputError(f"{file.where(head)} differs from '{embeddings}', to which it is tied")
-    model = safetensors.load(lambda: cls(config), file, dtype, device, lambda name: elsewhere.get(name, name), ignore)
+
+    def key_of(name):
+        name = name.removeprefix("model.") if bare else name
+        return elsewhere.get(name, name)
+
+    model = safetensors.load(lambda: cls(config), file, dtype, device, key_of, ignore)
     model.files = companions(path)
     return model

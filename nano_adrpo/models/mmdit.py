@@ -249,11 +249,15 @@ class TimeTextEmbed(nn.Module):
         self.timestep_embedder, self.text_embedder = MLP(256, dim), MLP(pooled_dim, dim)
 
     def forward(self, sigma, pooled):
-        # At 1000·sigma the angles are large, so float32's rounding shows in the output: the order of operations is SD3's.
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=sigma.device) / 128)
-        angles = (1000 * sigma.float())[:, None] * frequencies  # [B, 128]
-        time = torch.cat([angles.cos(), angles.sin()], dim=-1).to(pooled.dtype)
-        return self.timestep_embedder(time) + self.text_embedder(pooled)
+        return self.timestep_embedder(sinusoids(sigma).to(pooled.dtype)) + self.text_embedder(pooled)
+
+
+def sinusoids(sigma):
+    """[B] -> [B, 256], cosines and sines of 1000·sigma at 128 frequencies, in float32."""
+    # The angles are large, so float32's rounding shows in the output: the order of operations is SD3's.
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=sigma.device) / 128)
+    angles = (1000 * sigma.float())[:, None] * frequencies  # [B, 128]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class MLP(nn.Module):

@@ -1,7 +1,7 @@
-"""Texts to token ids, as the text encoders of SD3 and the CLIP and BLIP models of the rewards were trained to see them.
+"""Texts to token ids, as the text encoders of flow models and the CLIP and BLIP models of the rewards were trained to see them.
 
 `open_tokenizer` opens any tokenizer.json, `byte_pairs` the vocab.json and merges.txt of Qwen2 and GPT-2. `PromptTokenizer` is
-that of CLIP and SD3's encoders, from a folder with tokenizer_config.json and either tokenizer.json or CLIP's vocab.json and
+that of CLIP, T5 and Gemma, from a folder with tokenizer_config.json and either tokenizer.json or CLIP's vocab.json and
 merges.txt. `BertTokenizer` is BLIP's. The ids are those that transformers makes of the same folders.
 """
 
@@ -109,7 +109,8 @@ class PromptTokenizer:
     """Every prompt becomes one length, padded with the folder's `pad_token`: SD3's are "<|endoftext|>" (CLIP-L), "!" (bigG) and
     "<pad>" (T5)."""
 
-    def __init__(self, path):
+    def __init__(self, path, padding_side=None):
+        """padding_side: None is the folder's; "right" where a pipeline pads there whatever the folder says."""
         self.path = path = Path(path)
         self.files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
         where = path / "tokenizer_config.json"
@@ -125,7 +126,8 @@ class PromptTokenizer:
         with refused(source):
             self.tokenizer = clip_tokenizer(path, self.config) if source.stem == "vocab" else open_tokenizer(source, source)
             mark_special(self.tokenizer, self.config, source)
-        self.longest = configs.parse(Settings, self.config, where).model_max_length or math.inf
+        values = self.config | ({"padding_side": padding_side} if padding_side else {})
+        self.longest = configs.parse(Settings, values, where).model_max_length or math.inf
         pad = self.config.get("pad_token")
         self.pad = self.tokenizer.token_to_id(_content(pad)) if pad else None
         if self.pad is None:
@@ -139,15 +141,20 @@ class PromptTokenizer:
         for prompt, encoding in zip(prompts, encode_batch(self.tokenizer, prompts)):
             ids = encoding.ids
             if len(ids) > length:
-                cut |= {} if prompt in self.reported else {prompt: len(ids)}
+                cut[prompt] = len(ids)
                 ids = ids[: length - 1] + ids[-1:]
             rows.append(ids + [self.pad] * (length - len(ids)))
+        self.report(cut, length)
+        return torch.tensor(rows)
+
+    def report(self, cut, length):
+        """Warns of prompts that are cut to `length`, {prompt: its number of tokens}, once of each."""
+        cut = {prompt: count for prompt, count in cut.items() if prompt not in self.reported}
         if cut:
             self.reported.update(cut)
             (prompt, count), others = next(iter(cut.items())), f" (and {len(cut) - 1} more)" if len(cut) > 1 else ""
             prompt = prompt if len(prompt) <= 80 else prompt[:79] + "…"
-            warnings.warn(f"the prompt {prompt!r} has {count} tokens and is cut to {length}{others}", stacklevel=2)
-        return torch.tensor(rows)
+            warnings.warn(f"the prompt {prompt!r} has {count} tokens and is cut to {length}{others}", stacklevel=3)
 
     def save_pretrained(self, path):
         """Writes the folder as it was read."""
@@ -159,7 +166,7 @@ class PromptTokenizer:
 # The small files of a tokenizer folder: read with it and written again.
 FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json",
+    "added_tokens.json", "tokenizer.model",
 )  # fmt: skip
 CLIP_TOKENS = {name: "<|endoftext|>" for name in ("eos_token", "unk_token", "pad_token")} | {"bos_token": "<|startoftext|>"}
 

@@ -1,5 +1,5 @@
-"""The autoencoder of Stable Diffusion 3: one latent pixel of 16 channels for 8 × 8 image pixels (Esser et al. 2024, arXiv
-2403.03206, section 5.2.1; the design is latent diffusion's, Rombach et al. 2022, arXiv 2112.10752).
+"""The autoencoder of Stable Diffusion 3 and of FLUX.1: one latent pixel of 16 channels for 8 × 8 image pixels (Esser et al.
+2024, arXiv 2403.03206, section 5.2.1; the design is latent diffusion's, Rombach et al. 2022, arXiv 2112.10752).
 
   * encoder: per resolution a few residual blocks, then a convolution of stride 2; decoder: the way back, one block more each
   * at the coarsest resolution self-attention over all pixels, with one head, between two residual blocks
@@ -73,37 +73,22 @@ class Autoencoder(nn.Module):
         """The inverse of `encode`.
 
         latents  [B, latent_channels, H, W], in the model's dtype
-        tile     None decodes all at once; a number of latent pixels (at least 1, else InputError) decodes squares of that
-                 side, one after the other, and blends their overlaps, so that only the image itself grows in memory. It is
-                 not quite the same image: group norm and attention see a tile alone, and the public decoder's convolutions
+        tile     None, or the side in latent pixels of the squares that are decoded one after the other, see decode_tiles. It
+                 is not quite the same image: group norm and attention see a tile alone, and the public decoder's convolutions
                  reach 17 to 18 latent pixels. From 64 on an overlap is about as wide as that
         returns  [B, 3, factor · H, factor · W], nominally in [−1, 1] and not clamped
         """
         latents = latents / self.config.scaling_factor + (self.config.shift_factor or 0)
-        if tile is None:
-            return self.decoder(latents)
-        if tile < 1:
-            raise InputError(f"tile is {tile}; expected at least 1 latent pixel")
-        height, width = latents.shape[-2:]
-        # Blended in float32 or better: in bfloat16 the weights would sum to 1 within 1/256 only.
-        images = latents.new_zeros(
-            (len(latents), self.config.out_channels, self.factor * height, self.factor * width),
-            dtype=torch.promote_types(latents.dtype, torch.float32),
-        )
-        for latent_rows, rows, row_weights in tiles(height, tile, self.factor):
-            for latent_columns, columns, column_weights in tiles(width, tile, self.factor):
-                image = self.decoder(latents[..., latent_rows, latent_columns])
-                images[..., rows, columns] += (row_weights[:, None] * column_weights).to(images) * image
-        return images.to(latents.dtype)
+        return decode_tiles(self.decoder, latents, self.config.out_channels, self.factor, tile)
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device=None):
-        """Opens a diffusers `vae/` folder or Stability's single file: with the prefix `first_stage_model.`, beside which other
+    def from_pretrained(cls, path, dtype=None, device=None, scale=None):
+        """Opens a diffusers `vae/` folder or a single file: with the prefix `first_stage_model.` or `vae.`, beside which other
         models may lie in the file, or with none. dtype None is the file's; device None the CPU.
 
-        FLUX's autoencoder has the same keys and shapes, but another scale and shift. A folder's config tells; a single file is
-        taken for SD3's unless FLUX's transformer lies in it too."""
-        return load(cls, Path(path), dtype, device)
+        scale   (scaling_factor, shift_factor) of a single file, which says nothing of them: SD3 or FLUX of this module. None:
+                FLUX's where FLUX's transformer lies in the file too or where its name is ae.safetensors, else SD3's"""
+        return load(cls, Path(path), dtype, device, scale)
 
     def save_pretrained(self, path):
         """Writes a folder that diffusers' AutoencoderKL.from_pretrained opens."""
@@ -222,6 +207,26 @@ def norm(dim, groups):
     return nn.GroupNorm(groups, dim, eps=1e-6)
 
 
+def decode_tiles(decoder, latents, channels, factor, tile):
+    """decoder(latents): images of `channels` channels and `factor` times the size. With `tile`, a number of latent pixels (at
+    least 1, else InputError), it decodes squares of that side, one after the other, and blends their overlaps, so that only
+    the image itself grows in memory."""
+    if tile is None:
+        return decoder(latents)
+    if tile < 1:
+        raise InputError(f"tile is {tile}; expected at least 1 latent pixel")
+    height, width = latents.shape[-2:]
+    # Blended in float32 or better: in bfloat16 the weights would sum to 1 within 1/256 only.
+    images = latents.new_zeros(
+        (len(latents), channels, factor * height, factor * width), dtype=torch.promote_types(latents.dtype, torch.float32)
+    )
+    for latent_rows, rows, row_weights in tiles(height, tile, factor):
+        for latent_columns, columns, column_weights in tiles(width, tile, factor):
+            image = decoder(latents[..., latent_rows, latent_columns])
+            images[..., rows, columns] += (row_weights[:, None] * column_weights).to(images) * image
+    return images.to(latents.dtype)
+
+
 def tiles(length, tile, factor):
     """Cuts one axis of `length` latent pixels into evenly spread tiles that overlap by a quarter or more.
 
@@ -287,7 +292,7 @@ def to_stability(name, config):
     return safetensors.rename(name, STABILITY)
 
 
-def load(cls, path, dtype, device):
+def load(cls, path, dtype, device, scale):
     if not path.is_file():
         where = path / "config.json"
         values = files.read_json(where)
@@ -295,27 +300,30 @@ def load(cls, path, dtype, device):
         config = configs.parse(Config, values, where)
         configs.only(values, implemented(len(config.block_out_channels)), where, NEEDED)
         return safetensors.load(lambda: cls(config), safetensors.Checkpoint(path, STEM), dtype, device)
-    whole = safetensors.Checkpoint(path)
-    for key in whole.home:
-        if "double_blocks." in key:
-            raise InputError(f"{whole.where(key)} is of FLUX, whose autoencoder has another scale; expected SD3's")
-    file = safetensors.Checkpoint(path, prefix="first_stage_model.")
-    config = stability_config(file)
+    keys = safetensors.Checkpoint(path).home
+    is_flux = path.name == "ae.safetensors" or any("double_blocks." in key for key in keys)
+    prefix = "vae." if any(key.startswith("vae.") for key in keys) else "first_stage_model."
+    file = safetensors.Checkpoint(path, prefix=prefix)
+    config = stability_config(file, scale or (FLUX if is_flux else SD3))
     return safetensors.load(lambda: cls(config), file, dtype, device, lambda name: to_stability(name, config))
 
 
-def stability_config(file):
-    """The sizes of a single file, read off the shapes of its tensors. The rest is the same in every release of SD3: 16
-    channels, 32 groups, and a scale and shift that only Stability's code tells (sd3_impls.py, SD3LatentFormat)."""
+# scaling_factor and shift_factor, which only the releases' code tells (sd3_impls.py, SD3LatentFormat; flux/util.py).
+SD3, FLUX = (1.5305, 0.0609), (0.3611, 0.1159)
+
+
+def stability_config(file, scale):
+    """The sizes of a single file, read off the shapes of its tensors. The rest is the same in every release of SD3 and FLUX: 16
+    channels, 32 groups."""
     stages = range(file.count("encoder.down."))
     axes = {f"encoder.down.{i}.block.0.conv1.weight": (f"width {i}", None, None, None) for i in stages}
-    sizes = file.measure("Stability's layout of SD3's autoencoder", axes)
+    sizes = file.measure("Stability's layout of the autoencoder of SD3 and FLUX", axes)
     values = {
         "latent_channels": 16,
         "block_out_channels": [sizes[f"width {i}"] for i in stages],
         "layers_per_block": file.count("encoder.down.0.block."),
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
+        "scaling_factor": scale[0],
+        "shift_factor": scale[1],
         "sample_size": 1024,
     }
     return configs.parse(Config, values, file.path)

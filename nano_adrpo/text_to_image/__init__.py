@@ -1,74 +1,71 @@
-"""SD3 as one object: prompts in, velocities in the paper's time, images out.
+"""Text to image as one object: prompts in, velocities in the paper's time, images out.
 
-A release (see sd3.py) has a transformer, text encoders, and an autoencoder between images and the latents that flow. A folder
-without `vae` works in pixel space: its latents are the images.
+A release (see family.py) has a transformer, text encoders, and an autoencoder between images and the latents that flow. A
+folder without `vae` works in pixel space: its latents are the images. What differs from family to family stands in sd3.py and
+its neighbours, as a record; nothing else asks which family a model is of.
 
 Only `TextToImage.velocity` turns time round. The paper: t = 0 is noise, t = 1 is data, velocity dx/dt = x1 − x0 = data − noise.
-SD3's network: sigma = 1 − t, output noise − data. Hence velocity(x, t) = −network(x, 1 − t).
+The networks: sigma = 1 − t, output noise − data. Hence velocity(x, t) = −network(x, 1 − t).
 """
 
-import dataclasses
 from pathlib import Path
 
 import torch
 
 from nano_adrpo import files, ode
 from nano_adrpo.errors import InputError
-from nano_adrpo.models.mmdit import MMDiT
-from nano_adrpo.models.vae import Autoencoder
 from nano_adrpo.text_to_image.condition import Condition
-from nano_adrpo.text_to_image.sd3 import SCHEDULER_CLASS, PromptEncoder, Release, Scheduler, read_scheduler
+from nano_adrpo.text_to_image.family import Release, family_of
+from nano_adrpo.text_to_image.flux import FLUX
+from nano_adrpo.text_to_image.sana import SANA
+from nano_adrpo.text_to_image.sd3 import SD3
 
-__all__ = ["Condition", "TextToImage"]
+__all__ = ["FAMILIES", "Condition", "TextToImage"]
+
+FAMILIES = (SD3, FLUX, SANA)  # the first is assumed where nothing tells
 
 
 class TextToImage:
     def __init__(self, transformer, prompt_encoder=None, vae=None, scheduler=None):
         """prompt_encoder None: prompts come encoded. vae None: pixel space. scheduler None: its defaults, and none is saved."""
         self.transformer, self.prompt_encoder, self.vae, self.scheduler = transformer, prompt_encoder, vae, scheduler
+        self.family = next(family for family in FAMILIES if isinstance(transformer, family.transformer))
+        self.latents = self.family.latents(transformer.config)
+        self.sampler = scheduler or self.family.scheduler()
 
     @property
     def device(self):
         return self.transformer.proj_out.weight.device
 
     @property
-    def shift(self):
-        """The model's own shift of the time grid (see ode.time_grid)."""
-        return float((self.scheduler or Scheduler()).shift)
-
-    @property
-    def train_timesteps(self):
-        """The network is told sigma times this."""
-        return (self.scheduler or Scheduler()).num_train_timesteps
-
-    @property
     def factor(self):
-        """Pixels on the side of one latent pixel: 8 in SD3, 1 in pixel space."""
+        """Pixels on the side of one latent pixel: 8 in SD3 and FLUX, 32 in SANA, 1 in pixel space."""
         return self.vae.factor if self.vae else 1
 
     @property
     def latent_shape(self):
         """[C, H, W] of one sample at the resolution that the model was trained at."""
-        return self.latent_shape_at(self.transformer.config.sample_size * self.factor)
+        return self.latent_shape_at(self.latents.side * self.factor)
 
     def latent_shape_at(self, resolution):
         """[C, H, W] of one sample of `resolution` pixels: a number, or (height, width). InputError if it does not fit."""
-        config, unit = self.transformer.config, self.transformer.config.patch_size * self.factor
+        unit, most = self.latents.patch * self.factor, self.latents.most
         height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
         for side in (height, width):
-            if side % unit or not 0 < side <= config.pos_embed_max_size * unit:
+            if side % unit or side <= 0 or most and side > most * unit:
                 raise InputError(
-                    f"resolution {side}: expected a multiple of {unit} (patches of {config.patch_size} × latents of "
-                    f"{self.factor} pixels), at most {config.pos_embed_max_size * unit}"
+                    f"resolution {side}: expected a multiple of {unit} (patches of {self.latents.patch} × latents of "
+                    f"{self.factor} pixels), {f'at most {most * unit}' if most else 'above 0'}"
                 )
-        return config.in_channels, height // self.factor, width // self.factor
+        return self.latents.channels, height // self.factor, width // self.factor
 
     def encode(self, prompts, negative=False):
-        """A list of B strings -> Condition, on the transformer's device. negative: whether guidance leads away from them; SD3
-        encodes both alike."""
+        """A list of B strings -> Condition, on the transformer's device.
+
+        negative   whether guidance leads away from them: some families encode these otherwise"""
         if self.prompt_encoder is None:
             raise InputError("this model was opened without its text encoders; expected encoded prompts (see prompts.cached)")
-        return self.prompt_encoder.encode(prompts).to(self.device)
+        return self.prompt_encoder.encode(prompts, negative).to(self.device)
 
     def velocity(self, x, t, condition, transformer=None):
         """dx/dt at time t of the paper. x [B, C, H, W]; t a number or [B], in [0, 1]; -> like x, in x's dtype.
@@ -76,17 +73,19 @@ class TextToImage:
         transformer   the network to ask, such as the reference's frozen copy; None is the model's own"""
         transformer = transformer or self.transformer
         sigma = 1 - torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-        sigma = sigma * (self.train_timesteps / 1000)  # 1 in all releases of SD3; MMDiT multiplies by their 1000
+        sigma = sigma * (self.sampler.num_train_timesteps / 1000)  # 1 in all releases; the networks multiply by their 1000
         dtype = transformer.proj_out.weight.dtype
         condition = condition.to(x.device, dtype)
-        return -transformer(x.to(dtype), sigma, condition.context, condition.pooled).to(x.dtype)
+        return -transformer(x.to(dtype), sigma, *condition.tensors().values()).to(x.dtype)
 
-    def times(self, steps, shift=None):
-        """The steps + 1 times to sample at: SD3's own grid, in pixel space `ode.time_grid`. shift None is the model's own."""
-        shift = self.shift if shift is None else shift
+    def times(self, steps, shift=None, shape=None):
+        """The steps + 1 times to sample at: the family's own grid, in pixel space `ode.time_grid`.
+
+        shift   None is the model's own
+        shape   [C, H, W] of the latents, on which FLUX's grid depends; None is the one that the model was trained at"""
         if self.vae:
-            return ode.sd3_time_grid(steps, shift, device=self.device, train_timesteps=self.train_timesteps)
-        return ode.time_grid(steps, shift, device=self.device)
+            return self.sampler.times(steps, shift, shape or self.latent_shape, self.device)
+        return ode.time_grid(steps, shift or self.sampler.shift, device=self.device)
 
     @torch.no_grad()
     def sample(self, x0, condition, times, negative=None, guidance=1.0, method="euler"):
@@ -129,44 +128,49 @@ class TextToImage:
             return torch.cat([self.vae.decode(latent, tile) for latent in inputs]).to(latents.dtype)
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device=None, base=None, encoders=True, t5="load", t5_tokens=256):
-        """Opens a folder in diffusers' SD3 pipeline layout or Stability's single file.
+    def from_pretrained(cls, path, dtype=None, device=None, base=None, encoders=True, lower=None, **options):
+        """Opens a folder in diffusers' pipeline layout or the single file of a public release.
 
         dtype     None keeps each part's own; device: None is the CPU
         base      folder in diffusers' layout for the parts that path lacks, such as a single file's tokenizers
         encoders  False: no text encoder, for prompts that are encoded already
-        t5, t5_tokens   see PromptEncoder.from_pretrained
+        lower     whether prompts are lower-cased before they are encoded; None: as diffusers does it, which is for SANA alone
+        options   of the text encoders, such as t5="stream": see from_pretrained of the family's PromptEncoder
 
         Raises MissingFile for a missing part, InputError for one that does not fit; both in one line.
         """
-        release = Release(path, base)
+        family = family_of(path, base, FAMILIES)
+        release = Release(path, base, family)
         config = release.transformer_config()  # from the headers, so that a missing part is told before anything is read
+        channels = family.latents(config).channels
         # Images have 1 or 3 channels: a transformer of more works on latents, whatever its folder lists.
-        vae = release.need("vae") if release.expects("vae") or config.in_channels not in (1, 3) else None
-        scheduler = Scheduler(shift=3.0) if vae else None  # of a release that has no file for it: SD3's and SD3.5's
+        vae = release.need("vae") if release.expects("vae") or channels not in (1, 3) else None
+        scheduler = family.scheduler.of(config) if vae else None
         if folder := release.find("scheduler"):
-            scheduler = read_scheduler(folder / "scheduler_config.json")
-        prompts = PromptEncoder.from_pretrained(path, dtype, device, base, t5, t5_tokens) if encoders else None
-        autoencoder = Autoencoder.from_pretrained(vae, dtype, device) if vae else None
-        if vae and autoencoder.config.latent_channels != config.in_channels:
-            channels = f"{autoencoder.config.latent_channels} channels; the transformer expects {config.in_channels}"
-            raise InputError(f"{vae}: the autoencoder's latents have {channels}")
-        return cls(MMDiT.from_pretrained(release.need("transformer"), dtype, device), prompts, autoencoder, scheduler)
+            scheduler = family.scheduler.read(folder / "scheduler_config.json")
+        prompts = family.open_encoder(path, dtype, device, base, lower, **options) if encoders else None
+        autoencoder = family.autoencoder.from_pretrained(vae, dtype, device) if vae else None
+        if vae and autoencoder.config.latent_channels != channels:
+            found = f"{autoencoder.config.latent_channels} channels; the transformer expects {channels}"
+            raise InputError(f"{vae}: the autoencoder's latents have {found}")
+        return cls(
+            family.transformer.from_pretrained(release.need("transformer"), dtype, device), prompts, autoencoder, scheduler
+        )
 
     def save_pretrained(self, path):
-        """Writes the parts that are loaded as a folder in diffusers' layout. With all parts, StableDiffusion3Pipeline opens it;
-        with less, TextToImage.from_pretrained(path, base=…) does."""
-        path = Path(path)
-        index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+        """Writes the parts that are loaded as a folder in diffusers' layout. With all parts, diffusers' pipeline opens it; with
+        less, TextToImage.from_pretrained(path, base=…) does."""
+        path, parts = Path(path), self.family.parts
+        index = {"_class_name": self.family.pipelines[0], "transformer": [*parts["transformer"][2:]]}
         self.transformer.save_pretrained(path / "transformer")
         if self.prompt_encoder:
             index |= self.prompt_encoder.save_pretrained(path)
         if self.vae:
             self.vae.save_pretrained(path / "vae")
-            index["vae"] = ["diffusers", "AutoencoderKL"]
+            index["vae"] = [*parts["vae"][2:]]
         if self.scheduler:
             (path / "scheduler").mkdir(exist_ok=True)
-            values = {"_class_name": SCHEDULER_CLASS, **dataclasses.asdict(self.scheduler)}
+            values = self.scheduler.values()
             files.write_json(path / "scheduler" / "scheduler_config.json", values)
-            index["scheduler"] = ["diffusers", SCHEDULER_CLASS]
+            index["scheduler"] = ["diffusers", values["_class_name"]]
         files.write_json(path / "model_index.json", index)

@@ -1,10 +1,11 @@
 """Files of prompts, and files of encoded prompts.
 
-Prompts are encoded once, before the transformer is loaded: SD3's text encoders are larger than its transformer. `cached` writes
+Prompts are encoded once, before the transformer is loaded: SD3's text encoders, for one, are larger than it. `cached` writes
 the result to disk, so that a second run loads no encoder at all.
 """
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,8 +19,9 @@ import torch
 from nano_adrpo import files
 from nano_adrpo.errors import InputError
 from nano_adrpo.files import safetensors
+from nano_adrpo.text_to_image import FAMILIES
 from nano_adrpo.text_to_image.condition import Condition
-from nano_adrpo.text_to_image.sd3 import PARTS, PromptEncoder, Release
+from nano_adrpo.text_to_image.family import Release, family_of
 
 
 class Prompt(NamedTuple):
@@ -104,49 +106,61 @@ def read_table(file, delimiter, names):
         raise InputError(f"{file}, line {lines.line_num}: not a table ({error})") from None
 
 
-def cached(file, prompts, negative_prompt, path, dtype=None, device=None, base=None, t5="load", t5_tokens=256):
+def cached(file, prompts, negative_prompt, path, dtype=None, device=None, base=None, t5="load", lower=None, **options):
     """-> (Condition of the B prompts, Condition of the one negative prompt), both on the CPU.
 
-    file                 keeps them on disk: it is read if it was made of the same prompts and encoders in the same dtype, else
-                         it is written. None keeps nothing
-    path, …, t5_tokens   the encoders' release, see PromptEncoder.from_pretrained; device is where they run
+    file      keeps them on disk: it is read if it was made of the same prompts and encoders in the same dtype, else it is
+              written. None keeps nothing
+    path, …   the encoders' release and its options, see TextToImage.from_pretrained; device is where the encoders run
     """
-    texts = [*prompts, negative_prompt]
+    family = family_of(path, base, FAMILIES)
 
     def encode():
-        return PromptEncoder.from_pretrained(path, dtype, device, base, t5, t5_tokens).encode(texts, device="cpu")
+        encoder = family.open_encoder(path, dtype, device, base, lower, t5=t5, **options)
+        return encoder.encode_both(prompts, negative_prompt, device="cpu")
 
     if file is None:
-        condition = encode()
-    else:
-        settings = [texts, str(dtype), torch.device(device or "cpu").type, t5 == "zeros", t5_tokens]
-        wanted = fingerprint(Release(path, base), settings)
-        condition = read_condition(file, wanted)
-        if condition is None:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)  # fails before the encoders are loaded, not after
-            condition = encode()
-            safetensors.save(file, {**vars(condition), "fingerprint": wanted})
-    return condition[:-1], condition[-1:]
+        return encode()
+    lower = family.encoder.lower if lower is None else lower
+    options_read = {**options, "t5": t5 == "zeros", "lower": lower}  # a streamed T5 is the same one
+    settings = [family.name, prompts, negative_prompt, str(dtype), torch.device(device or "cpu").type, options_read]
+    wanted = fingerprint(Release(path, base, family), settings)
+    found = read_conditions(file, wanted)
+    if found is None:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)  # fails before the encoders are loaded, not after
+        found = encode()
+        tensors = {prefix + name: x for prefix, some in zip(PREFIXES, found) for name, x in some.tensors().items()}
+        safetensors.save(file, {**tensors, "fingerprint": wanted})
+    return found
 
 
-def read_condition(file, wanted):
-    """-> the Condition in `file`; None where the file is absent or has another fingerprint than the wanted one."""
+PREFIXES = ("", "negative.")  # of the tensors' names in the file: the prompts', the negative prompt's
+
+
+def read_conditions(file, wanted):
+    """-> the two Conditions in `file`; None where the file is absent or has another fingerprint than the wanted one."""
     if not Path(file).exists():
         return None
     stored = safetensors.Checkpoint(file)
-    if stored.home.keys() != {"context", "pooled", "fingerprint"}:
+    fields = [field.name for field in dataclasses.fields(Condition)]
+    known = {"fingerprint", *(prefix + name for prefix in PREFIXES for name in fields)}
+    if not {"fingerprint", "context"} <= stored.home.keys() <= known:
         raise InputError(f"{file}: not a file of prompt embeddings; it is not written over")
     if not torch.equal(stored.read("fingerprint"), wanted):
         return None
-    return Condition(stored.read("context"), stored.read("pooled"))
+    return tuple(
+        Condition(**{name: stored.read(prefix + name) for name in fields if prefix + name in stored.home})
+        for prefix in PREFIXES
+    )
 
 
 def fingerprint(release, settings):
     """SHA-256, as 32 bytes, of the settings and of all that the encoders are made from: of small files the content, of weight
     files the header, the size and the time of change, since to hash 11 GB takes as long as to load them."""
-    config, parts = release.transformer_config(), [part for part in PARTS if part.startswith(("text_encoder", "tokenizer"))]
+    parts = [part for part in release.family.parts if part.startswith(("text_encoder", "tokenizer"))]
     listed = [(release.expects(part), part in release.index) for part in parts]  # T5 may be there, zeros, or no tokens at all
-    digest = hashlib.sha256(json.dumps([settings, listed, config.joint_attention_dim, config.pooled_projection_dim]).encode())
+    config = dataclasses.asdict(release.transformer_config())
+    digest = hashlib.sha256(json.dumps([settings, listed, config]).encode())
     for part in filter(release.expects, parts):
         where = release.find(part)
         for file in sorted(where.iterdir()) if where and where.is_dir() else [where] if where else []:

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nano_adrpo import demo, files
 from nano_adrpo.files import safetensors
 from nano_adrpo.language.sampling import Cache
-from nano_adrpo.models import decoder
+from nano_adrpo.models import decoder, token_scores
 from nano_adrpo.models.decoder import Decoder, RewardModel
+from nano_adrpo.models.token_scores import TokenScores
 
 SIZES = {
     "vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -28,7 +29,9 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 6, "rms_norm_eps": 1e-5, "attention_bias": True},
     "llama": {"model_type": "llama", "rope_theta": 500.0, "rope_scaling": LLAMA3},
     "gemma": {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 8, "hidden_act": "gelu"},
-}
+    "gemma2": {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0,
+               "final_logit_softcapping": 1.5},
+}  # fmt: skip
 
 
 def fill(model):
@@ -63,6 +66,7 @@ GOLDEN = {
     "qwen3": [[-1.49576, -2.23706], [-2.33438, -2.46025], [-1.43639, -2.29481]],
     "llama": [[-2.09442, -2.78926], [-1.65555, -2.8772], [-3.68912, -3.52721]],
     "gemma": [[-5.32933, -6.40747], [-6.25241, -4.75487], [-1.52025, -4.47101]],
+    "gemma2": [[-4.44746, -3.12653], [-2.05356, -1.96332], [-1.96441, -1.98912]],
     "reward": [0.37352, 2.81441],
 }  # fmt: skip
 
@@ -162,11 +166,11 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # a tied head, a head of its own
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2"])  # a tied head, a head of its own, capped logits
 @pytest.mark.parametrize("chunk", [13, 13 * 3, 2**24])
 @pytest.mark.parametrize("start, temperature", [(1, 1.0), (5, 0.7), (7, 1.3)])
 def test_token_logprobs_equal_log_softmax_and_gather(tmp_path, monkeypatch, family, chunk, start, temperature):
-    monkeypatch.setattr(decoder, "CHUNK", chunk)
+    monkeypatch.setattr(token_scores, "CHUNK", chunk)
     model = Decoder.from_pretrained(folder(tmp_path / family, family))
     mask = torch.ones_like(IDS)
     mask[0, :3], mask[1, 6:] = 0, 0
@@ -194,9 +198,9 @@ def test_token_logprobs_equal_log_softmax_and_gather(tmp_path, monkeypatch, fami
 def test_the_heads_gradient_is_summed_in_float32(monkeypatch, dtype, tolerance):
     # 2,000 positions, each a chunk of its own: a running sum in half precision would stop growing at 2⁸ or 2¹¹ times the
     # summands, or drift. The hidden states are 1 and W is 0, so that each adds (1 at the token − 1/V) exactly.
-    monkeypatch.setattr(decoder, "CHUNK", 8)
+    monkeypatch.setattr(token_scores, "CHUNK", 8)
     hidden, weight = torch.ones(2000, 4, dtype=dtype), torch.zeros(8, 4, dtype=dtype, requires_grad=True)
-    decoder.TokenScores.apply(hidden, weight, torch.zeros(2000, dtype=torch.long), 1.0)[0].sum().backward()
+    TokenScores.apply(hidden, weight, torch.zeros(2000, dtype=torch.long), 1.0, None)[0].sum().backward()
     expected = (torch.eye(8)[0] - 1 / 8)[:, None].expand(8, 4) * 2000
     torch.testing.assert_close(weight.grad.float(), expected, rtol=tolerance, atol=0)
 
@@ -207,7 +211,7 @@ def test_ids_may_be_int32(model):
 
 
 def test_token_logprobs_hold_no_tensor_of_all_logits(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoder, "CHUNK", 4 * 500)
+    monkeypatch.setattr(token_scores, "CHUNK", 4 * 500)
     model = Decoder.from_pretrained(folder(tmp_path / "model", vocab_size=500))
     ids = torch.arange(64).view(4, 16)
     with Largest() as plain:

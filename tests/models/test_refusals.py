@@ -6,10 +6,11 @@ import os
 
 import pytest
 import tiny
+import tiny_sana
 import torch
 from safetensors.torch import load_file, save_file
 
-from nano_adrpo.models import blip, clip, decoder, mmdit, t5, vae
+from nano_adrpo.models import blip, clip, dc_ae, decoder, mmdit, sana, t5, vae
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -19,6 +20,7 @@ STYLE = "sd3.5-medium"
 CLIP_L = dict(vocab_size=99, num_hidden_layers=2, hidden_size=64, num_attention_heads=1, projection_dim=64)
 T5 = dict(vocab_size=50, d_model=12, d_kv=5, d_ff=20, num_layers=3, num_heads=2)
 DECODER = decoder.Config("qwen3", 13, 16, 24, 2, 4, 128, num_key_value_heads=2)
+GEMMA2 = decoder.Config("gemma2", 13, 16, 24, 2, 4, 128, sliding_window=64, tie_word_embeddings=True)
 
 
 def build(kind):
@@ -26,6 +28,12 @@ def build(kind):
         return mmdit.MMDiT(mmdit.Config(**tiny.MMDIT_STYLES[STYLE]))
     if kind == "vae":
         return vae.Autoencoder(vae.Config(**tiny.VAE))
+    if kind == "sana":
+        return sana.Sana(sana.Config(**tiny_sana.TRANSFORMER))
+    if kind == "dc-ae":
+        return dc_ae.DeepAutoencoder(dc_ae.Config(**tiny_sana.VAE))
+    if kind == "text encoder":
+        return decoder.TextEncoder(GEMMA2)
     if kind == "clip":
         return clip.CLIP(clip.Config(clip.TextConfig(**tiny.CLIP_TEXT), clip.VisionConfig(**tiny.CLIP_VISION), 24))
     if kind == "clip text":
@@ -40,6 +48,7 @@ def build(kind):
 
 
 FOLDERS = ["mmdit", "vae", "clip", "clip text", "t5", "blip", "image reward", "decoder", "reward model"]
+FOLDERS += ["sana", "dc-ae", "text encoder"]
 
 
 def refused(message, cls, *args, error=ValueError, **options):
@@ -75,6 +84,39 @@ CONFIGS = {
         ({"scaling_factor": "1.5"}, "key 'scaling_factor' is '1.5'; expected a positive float"),
         ({"shift_factor": "0.06"}, "key 'shift_factor' is '0.06'; expected a number or null"),
         ({"mid_block_add_attention": 1}, "key 'mid_block_add_attention' is 1; expected true or false"),
+    ],
+    "sana": [
+        ({"_class_name": "SD3Transformer2DModel"}, "key '_class_name' is 'SD3Transformer2DModel'; expected 'SanaTransfor"),
+        ({"qk_norm": None}, "key 'qk_norm' is None; expected 'rms_norm_across_heads'"),  # Sana 1.0
+        ({"qk_norm": "absent"}, "key 'qk_norm' is missing; expected 'rms_norm_across_heads'"),
+        ({"interpolation_scale": 1.0}, "key 'interpolation_scale' is 1.0; expected None"),  # 2K
+        ({"guidance_embeds": True}, "key 'guidance_embeds' is True; expected False"),  # Sprint
+        ({"timestep_scale": 0.001}, "key 'timestep_scale' is 0.001; expected 1.0"),
+        ({"patch_size": 2}, "key 'patch_size' is 2; expected 1"),
+        ({"attention_bias": True}, "key 'attention_bias' is True; expected False"),
+        ({"norm_elementwise_affine": True}, "key 'norm_elementwise_affine' is True; expected False"),
+        ({"cross_attention_dim": 50}, "cross_attention_dim is 50; expected heads × head dim = 48"),
+        ({"mlp_ratio": "2.5"}, "key 'mlp_ratio' is '2.5'; expected a positive float"),
+    ],
+    "dc-ae": [
+        ({"_class_name": "AutoencoderKL"}, "key '_class_name' is 'AutoencoderKL'; expected 'AutoencoderDC'"),
+        ({"upsample_block_type": "pixel_shuffle"}, "key 'upsample_block_type' is 'pixel_shuffle'; expected 'interpolate'"),
+        ({"upsample_block_type": "absent"}, "key 'upsample_block_type' is missing; expected 'interpolate'"),
+        ({"downsample_block_type": "absent"}, "key 'downsample_block_type' is missing; expected 'Conv'"),
+        ({"encoder_out_shortcut": False}, "key 'encoder_out_shortcut' is False; expected True"),
+        ({"decoder_norm_types": ["rms_norm", "batch_norm", "rms_norm"]}, "key 'decoder_norm_types' is ['rms_norm', 'batch"),
+        ({"decoder_act_fns": "relu"}, "key 'decoder_act_fns' is 'relu'; expected 'silu' or ['silu', 'silu', 'silu']"),
+        ({"encoder_block_types": "DownBlock"}, "key 'encoder_block_types' is 'DownBlock'; expected 'ResBlock' or 'Effic"),
+        ({"encoder_layers_per_block": [1, 1]}, "encoder_layers_per_block has 2 entries; expected 3, as there are widths"),
+        ({"decoder_block_out_channels": [8, 16]}, "encoder_block_out_channels has 3 widths, decoder_block_out_channels 2"),
+        ({"latent_channels": 5}, "encoder_block_out_channels is (8, 16, 16); expected widths whose shortcuts divide evenly"),
+        ({"attention_head_dim": 5}, "attention_head_dim is 5; expected a divisor of 16"),
+    ],
+    "text encoder": [
+        ({"sliding_window": "64"}, "key 'sliding_window' is '64'; expected a positive int or null"),
+        ({"attn_logit_softcapping": -1.0}, "key 'attn_logit_softcapping' is -1.0; expected a positive float or null"),
+        ({"hidden_activation": "relu"}, "key 'hidden_activation' is 'relu'"),
+        ({"model_type": "gemma3_text"}, "key 'model_type' is 'gemma3_text'; expected 'qwen2' or 'qwen3' or 'llama' or 'gemma'"),
     ],
     "clip": [
         ({"model_type": "siglip"}, "key 'model_type' is 'siglip'; expected 'clip'"),
@@ -240,18 +282,20 @@ def test_single_files_of_other_models(tmp_path, kind):
             refused(message.format(prefix), cls, file, **({"prefix": prefix} if kind == "clip text" else {}))
     for other in ("double_blocks.0.img_attn.qkv.weight", "input_blocks.0.0.weight", "transformer_blocks.0.attn.to_q.weight"):
         save_file({other: torch.ones(2)}, file)
-        with pytest.raises(ValueError, match=f"^{file}: key '.*' is (missing; expected .*|of FLUX, .*)$"):
+        with pytest.raises(ValueError, match=f"^{file}: key '.*' is missing; expected .*$"):
             cls.from_pretrained(file)
 
 
 def test_fluxs_autoencoder_has_the_same_keys_and_another_scale(tmp_path):
-    file = tmp_path / "flux.safetensors"
-    flux = {f"first_stage_model.{key}": tensor for key, tensor in tiny.ldm_vae().items()}
-    save_file(flux | {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, file)
-    message = (
-        f"{file}: key 'model.diffusion_model.double_blocks.0.img_attn.qkv.weight' is of FLUX, whose autoencoder has another"
-    )
-    refused(message, vae.Autoencoder, file)
+    tensors, other = tiny.ldm_vae(), {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}
+    save_file(tensors, tmp_path / "ae.safetensors")
+    for prefix in ("first_stage_model.", "vae."):
+        save_file({prefix + key: tensor for key, tensor in tensors.items()} | other, tmp_path / f"{prefix}safetensors")
+    save_file(tensors, tmp_path / "sd3.safetensors")
+    for name, scale in (("ae", vae.FLUX), ("first_stage_model", vae.FLUX), ("vae", vae.FLUX), ("sd3", vae.SD3)):
+        config = vae.Autoencoder.from_pretrained(tmp_path / f"{name}.safetensors", device="meta").config
+        assert (config.scaling_factor, config.shift_factor) == scale
+    assert vae.FLUX == (0.3611, 0.1159) and vae.SD3 == (1.5305, 0.0609)
 
 
 def test_image_rewards_single_file_tells_no_heads_of_another_width(tmp_path):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma2Config,
     GemmaConfig,
     LlamaConfig,
     Qwen2Config,
@@ -19,7 +21,7 @@ from transformers import (
 )
 
 from nano_adrpo.language.sampling import probabilities
-from nano_adrpo.models.decoder import Decoder, RewardModel, read_config
+from nano_adrpo.models.decoder import Decoder, RewardModel, TextEncoder, read_config
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -53,6 +55,12 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES, rope_theta=500000.0, rope_scaling=LLAMA3, eos_token_id=[2, 3]),
     "llama-2": LlamaConfig(**{**SIZES, "num_key_value_heads": 4}, attention_bias=True),
     "gemma": GemmaConfig(**{**SIZES, "num_key_value_heads": 1}, head_dim=32),
+    "gemma2": Gemma2Config(
+        **SIZES, head_dim=24, query_pre_attn_scalar=30, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
+    "gemma2-uncapped": Gemma2Config(
+        **SIZES, head_dim=32, query_pre_attn_scalar=20, attn_logit_softcapping=None, final_logit_softcapping=None
+    ),
     **{f"rope-{name}": config for name, config in ROPES.items()},
 }
 
@@ -101,13 +109,13 @@ def test_what_we_save_is_what_they_load(tmp_path, name):
     assert model.dtype == torch.float16 and {key.rpartition(".")[0] for key in model.state_dict()} >= {"model.norm"}
     written, config = AutoConfig.from_pretrained(tmp_path / "ours"), CONFIGS[name]
     for key in ("rope_parameters", "eos_token_id", "pad_token_id", "tie_word_embeddings", "num_key_value_heads", "hidden_act"):
-        assert getattr(written, key) == getattr(config, key)
+        assert getattr(written, key) == getattr(config, key, "gelu_pytorch_tanh")  # Gemma 2 has a hidden_activation only
     got = Decoder.from_pretrained(tmp_path / "ours", dtype=torch.float32)(ids, mask)
     torch.testing.assert_close(got[1], model.float()(ids, attention_mask=mask).logits[1], atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "gemma", "rope-dynamic", "rope-yarn"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "gemma", "gemma2", "rope-dynamic", "rope-yarn"])
 def test_greedy_generation(tmp_path, name):
     model, (ids, mask) = theirs(tmp_path, CONFIGS[name]), batch()
     ids, mask = ids[:2, 20:60], mask[:2, 20:60]
@@ -162,6 +170,23 @@ def test_reward_model(tmp_path, name):
 
 
 @torch.no_grad()
+def test_hidden_states_without_a_head(tmp_path):
+    whole, (ids, mask) = theirs(tmp_path / "whole", CONFIGS["gemma2"]), batch()
+    whole.model.save_pretrained(tmp_path / "bare")  # Gemma2Model, whose keys have no prefix
+    expected, seen = whole.model(ids, attention_mask=mask).last_hidden_state, mask.bool()
+    for name in ("whole", "bare"):
+        ours = TextEncoder.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(ours(ids, mask)[seen], expected[seen], atol=1e-4, rtol=0)
+    ours.save_pretrained(tmp_path / "ours")
+    again, report = AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()) and type(again) is type(whole.model)
+    torch.testing.assert_close(again(ids, attention_mask=mask)[0][seen], expected[seen], atol=1e-4, rtol=0)
+    torch.testing.assert_close(Decoder.from_pretrained(tmp_path / "bare")(ids), whole(ids).logits, atol=1e-4, rtol=0)
+    half = TextEncoder.from_pretrained(tmp_path / "bare", torch.bfloat16)(ids, mask)[seen]
+    assert (half - expected[seen]).norm() / expected[seen].norm() < 0.05
+
+
+@torch.no_grad()
 def test_shards_and_bfloat16(tmp_path):
     model, (ids, _) = theirs(tmp_path / "whole", CONFIGS["qwen3"]), batch()
     model.to(torch.bfloat16).save_pretrained(tmp_path / "shards", max_shard_size="50KB")
@@ -187,7 +212,7 @@ def test_configs_of_transformers_4(tmp_path):
         assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
 
 
-@pytest.mark.parametrize("cls", [Qwen2Config, Qwen3Config, LlamaConfig, GemmaConfig])
+@pytest.mark.parametrize("cls", [Qwen2Config, Qwen3Config, LlamaConfig, GemmaConfig, Gemma2Config])
 def test_defaults_of_every_family(tmp_path, cls):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": cls.model_type}))
     ours, theirs = read_config(tmp_path), cls()
@@ -195,6 +220,8 @@ def test_defaults_of_every_family(tmp_path, cls):
         expected = getattr(theirs, key, None)
         if key == "rope_theta":
             expected = theirs.rope_parameters["rope_theta"]
+        if key == "hidden_act":
+            expected = expected or theirs.hidden_activation
         if key == "head_dim":
             expected = expected or theirs.hidden_size // theirs.num_attention_heads
         if key not in ("rope_scaling", "attention_bias"):

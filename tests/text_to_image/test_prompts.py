@@ -33,7 +33,7 @@ def same(a, b):
 
 
 def no_encoder(monkeypatch):
-    monkeypatch.setattr(PromptEncoder, "from_pretrained", lambda *_: pytest.fail("an encoder was loaded"))
+    monkeypatch.setattr(PromptEncoder, "from_pretrained", lambda *_, **options: pytest.fail("an encoder was loaded"))
 
 
 FORMATS = {

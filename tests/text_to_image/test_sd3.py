@@ -99,7 +99,7 @@ def test_streaming_t5_changes_no_bit(folder):
 def test_prompts_are_encoded_once_each_and_in_batches(folder):
     encoder = PromptEncoder.from_pretrained(folder)
     seen, plain = [], encoder._encode
-    encoder._encode = lambda prompts: seen.append(prompts) or plain(prompts)
+    encoder._encode = lambda prompts, negative: seen.append(prompts) or plain(prompts, negative)
     condition = encoder.encode(["b", "a", "b", "c", "a"], batch=2)
     assert seen == [["b", "a"], ["c"]]
     alone = encoder.encode(["a"])
@@ -209,11 +209,15 @@ def test_stabilitys_single_file(sd3, folder, tmp_path):
     file = tiny_sd3.single_file(tmp_path / "sd3_medium_incl_clips_t5xxlfp16.safetensors", folder)
     model = TextToImage.from_pretrained(file, base=folder)
     agree(model, sd3)
-    assert model.shift == 3.0 and model.latent_shape == (16, 24, 24)  # 128 latents in the releases, or what the table holds
+    assert model.scheduler.shift == 3.0 and model.latent_shape == (
+        16,
+        24,
+        24,
+    )  # 128 latents in the releases, or what the table holds
     bare = tiny_sd3.single_file(tmp_path / "sd3_medium.safetensors", folder, ["transformer", "vae"])
     agree(TextToImage.from_pretrained(bare, base=folder), sd3)
     alone = TextToImage.from_pretrained(bare, encoders=False)
-    assert alone.prompt_encoder is None and alone.shift == 3.0
+    assert alone.prompt_encoder is None and alone.scheduler.shift == 3.0
     model.save_pretrained(tmp_path / "out")  # and out in the other layout
     agree(TextToImage.from_pretrained(tmp_path / "out"), sd3)
 
@@ -227,10 +231,10 @@ def test_a_trained_transformer_alone_is_completed_by_its_base(sd3, folder, tmp_p
     assert {file.name for file in (tmp_path / "tuned").iterdir()} == {"transformer", "scheduler", "model_index.json"}
     model = TextToImage.from_pretrained(tmp_path / "tuned", base=folder)
     assert torch.equal(model.transformer.proj_out.bias, sd3.transformer.proj_out.bias + 1)
-    assert same(model.encode(["the one"]), sd3.encode(["the one"])) and model.vae and model.shift == 3.0
+    assert same(model.encode(["the one"]), sd3.encode(["the one"])) and model.vae and model.scheduler.shift == 3.0
     for path, base, message in (
         (tmp_path / "tuned", None, f"{tmp_path / 'tuned' / 'vae'}: no such folder; it turns latents into images"),
-        (tmp_path / "tuned", tmp_path / "nowhere", "nowhere: no such folder; expected one in diffusers' SD3 pipeline layout"),
+        (tmp_path / "tuned", tmp_path / "nowhere", "nowhere: no such folder; expected one in diffusers' pipeline layout"),
         (tmp_path / "nowhere", folder, "nowhere: no such file or folder; expected a folder"),
     ):
         with pytest.raises(FileNotFoundError, match=message):
@@ -280,12 +284,15 @@ def test_a_single_file_without_a_part_says_which(folder, tmp_path):
 
 
 def test_a_broken_folder_is_named(tmp_path):
-    flux = '{"_class_name": "FluxPipeline"}'
+    other = '{"_class_name": "PixArtSigmaPipeline"}'
     for number, (break_it, message) in enumerate(
         (
-            (lambda f: shutil.rmtree(f / "transformer"), "no transformer/ in it; expected a folder in diffusers' SD3 pipeline"),
+            (lambda f: shutil.rmtree(f / "transformer"), "no transformer/ in it; expected a folder in diffusers' pipeline"),
             (lambda f: (f / "vae").mkdir(), "vae/config.json: no such file"),
-            (lambda f: (f / "model_index.json").write_text(flux), "'FluxPipeline'; expected 'StableDiffusion3Pipeline'"),
+            (
+                lambda f: (f / "model_index.json").write_text(other),
+                "'PixArtSigmaPipeline'; expected 'StableDiffusion3Pipeline'",
+            ),
             (lambda f: (f / "transformer" / "config.json").write_text("{"), "config.json: not valid JSON"),
         )
     ):
@@ -334,4 +341,4 @@ def test_the_network_is_told_of_time_in_the_schedulers_steps(copy, sd3):
     x = torch.randn(1, *sd3.latent_shape_at(16), generator=torch.Generator().manual_seed(0))
     network = sd3.transformer(x, torch.tensor([0.125]), condition.context, condition.pooled)  # half of 1 − t
     assert torch.equal(model.velocity(x, 0.75, condition), -network)
-    assert model.shift == 1.0 and model.times(2).tolist() == pytest.approx([0, 0.998, 1])  # 1 − 1/500
+    assert model.scheduler.shift == 1.0 and model.times(2).tolist() == pytest.approx([0, 0.998, 1])  # 1 − 1/500

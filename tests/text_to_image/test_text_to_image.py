@@ -84,7 +84,7 @@ def test_folders_round_trip(model, tmp_path):
 
 
 def test_resolutions(sd3):
-    assert sd3.factor == 8 and sd3.shift == 3.0
+    assert sd3.factor == 8 and sd3.scheduler.shift == 3.0
     assert sd3.latent_shape == (16, 8, 8)  # the configuration's sample_size, in latents
     assert sd3.latent_shape_at(96) == (16, 12, 12) and sd3.latent_shape_at((32, 192)) == (16, 4, 24)
     for resolution, side in ((100, 100), ((64, 72), 72), (208, 208), (0, 0), ((-16, 16), -16)):
