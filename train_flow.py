@@ -7,8 +7,8 @@
 One round: draw prompts, roll out a group of images for each by integrating the policy's ODE, reward them, turn rewards into
 advantages and coefficients, take a few gradient steps on fresh times and noises, log. The reference is a frozen copy of the
 policy at the start or, with --lora-rank, the policy with its adapters off (with --adapter: as they were at the start). Written
-to --out: config.json, metrics.jsonl, model/ (diffusers' layout) or adapter/ (PEFT's) and, with matplotlib, before_after.png and
-curves.png.
+to --out: config.json, metrics.jsonl, model/ (diffusers' layout) or adapter/ (PEFT's) and, with matplotlib, before_after.png,
+evolution.png and curves.png.
 """
 
 import torch
@@ -120,12 +120,12 @@ def main(argv=None):
             if run.evaluation_is_due(args, round):
                 phases.begin("evaluation")
                 with ema.applied(), autocast(args):
-                    evaluations[round] = {
+                    found = {
                         name: evaluate(policy, condition, texts, reward, judge, reference_velocity, rows=rows,
                                        categories=categories, shape=shape, **sampling, **evaluation(args))
                         for name, rows in to_evaluate(args, prompts, held_out).items()
                     }  # fmt: skip
-                values |= logged(evaluations[round])
+                values |= remember(evaluations, round, found)
                 if len(evaluations) == 1:
                     unit, values["beta0"] = run.scale(args, values.get("eval_train", values["eval"])["reward_std"])
                 if round > 0:
@@ -135,13 +135,16 @@ def main(argv=None):
     return report(out, texts, evaluations, "held-out prompts" if held_out else "training prompts")
 
 
-def logged(evaluations):
-    """{name: Evaluation} -> what metrics.jsonl has of them."""
-    return {
-        key: value
-        for name, found in evaluations.items()
-        for key, value in ((name, found.values), (f"{name}_error", found.errors))
-    }
+def remember(evaluations, round, found):
+    """Adds an evaluation, {name: Evaluation}, to those of earlier rounds, without images that `report` does not show: of "eval"
+    it keeps ten prompts' and, once another one follows, one prompt's. -> what metrics.jsonl has of it"""
+    if len(evaluations) > 1:
+        last = evaluations[max(evaluations)]
+        last["eval"] = last["eval"].some([len(last["eval"].rows) // 2])
+    evaluations[round] = {name: evaluation._replace(images=None, right=None) for name, evaluation in found.items()}
+    evaluations[round]["eval"] = found["eval"].some(evenly(len(found["eval"].rows), 10))
+    values = {name: evaluation.values for name, evaluation in found.items()}
+    return values | {f"{name}_error": evaluation.errors for name, evaluation in found.items()}
 
 
 BEST, WORST = slice(0, None, 2), slice(1, None, 2)  # rows of a batch of pairs
@@ -235,8 +238,8 @@ def describe(args, rewards, beta):
 
 
 def report(out, prompts, evaluations, kind):
-    """Prints the closing table of all evaluations, {round: {"eval": Evaluation, …}}, and draws curves.png and, of "eval", whose
-    prompts are of the kind named, with the judge's frames:
+    """Prints the closing table of all evaluations (see `remember`), and draws curves.png and, of "eval", whose prompts are of
+    the kind named, with the judge's frames:
 
     before_after.png   samples of ten prompts in the first evaluation and in the last, from the same noises
     evolution.png      samples of one of these prompts in every evaluation, from the same noises
@@ -247,8 +250,7 @@ def report(out, prompts, evaluations, kind):
     columns = {kind: "eval", **({"training prompts": "eval_train"} if "eval_train" in evaluations[first] else {})}
     run.print_table({kind: [evaluations[round][name][:2] for round in (first, last)] for kind, name in columns.items()})
     evaluations = {round: found["eval"] for round, found in evaluations.items()}
-    shown = evenly(len(evaluations[first].rows), 10)
-    ends = {f"round {round}": evaluations[round].some(shown) for round in dict.fromkeys([first, last])}
+    ends = {f"round {round}": evaluations[round] for round in dict.fromkeys([first, last])}
     plots.grids(
         out / "before_after.png",
         {f"{title}: {found.summary}": found.images for title, found in ends.items()},
@@ -256,7 +258,7 @@ def report(out, prompts, evaluations, kind):
         {f"{title}: {found.summary}": found.right for title, found in ends.items()},
         f"{kind}, the same noises",
     )
-    strip = {round: found.some(shown[5:6] or shown[:1]) for round, found in evaluations.items()}
+    strip = {round: found.some([len(found.rows) // 2]) for round, found in evaluations.items()}
     title = prompts[strip[first].rows[0]]
     plots.grids(
         out / "evolution.png",

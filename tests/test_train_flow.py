@@ -12,6 +12,7 @@ from scripts import lines, refused, written
 
 import train_flow
 from nano_adrpo import demo
+from nano_adrpo.evaluation.images import Evaluation
 from nano_adrpo.rewards.images import ClipScore
 from nano_adrpo.text_to_image import TextToImage
 from nano_adrpo.text_to_image.prompts import read_prompts
@@ -251,6 +252,19 @@ def test_held_out_prompts_are_evaluated_beside_the_others_and_never_drawn(tmp_pa
     assert re.search(r"\n +held-out prompts +training prompts\nreward ", printed)
     number = r"-?\d+\.\d{4}( ± [\d.]+)?"
     assert re.search(rf"\nw2 +{number} +-> +{number} +{number} +-> +{number}\njoint ", printed)
+
+
+def test_only_images_that_pictures_show_are_kept():
+    rows, found = {}, Evaluation({"reward": 1.0}, {"reward": 0.1}, torch.zeros(2 * 30, 3, 4, 4), None, torch.arange(100, 130))
+    for round in (0, 10, 20, 30):
+        values = train_flow.remember(rows, round, {"eval": found, "eval_train": found})
+    assert values == {
+        name + end: getattr(found, kind)
+        for name in ("eval", "eval_train")
+        for end, kind in (("", "values"), ("_error", "errors"))
+    }
+    assert [len(rows[round]["eval"].images) for round in rows] == [20, 2, 2, 20] and rows[30]["eval_train"].images is None
+    assert rows[10]["eval"].rows.tolist() == [rows[0]["eval"].rows[5].item()] == [rows[30]["eval"].rows[5].item()]
 
 
 def test_no_more_prompts_are_evaluated_than_asked_for(tmp_path, few):
