@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from nano_adrpo.text_to_image.prompts import read_prompts
 
 BASE = HERE / "base"
 TRAIN = "--rounds 2 --prompts-per-round 2 --group-size 2 --inner-steps 1 --ode-steps 4 --eval-every 1 --eval-samples 2"
-TRAIN += " --keep-checkpoints --eval-prompts 130"  # all of the held-out ones, as evaluate has it
+TRAIN += " --keep-checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,9 @@ def runs(tmp_path_factory):
     """Two short trainings of the demo: all weights, and adapters."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("prompts", "held_out"):  # a few of the demo's own
+            (folder / f"{name}.jsonl").write_text("\n".join(Path(FLOW[name]).read_text().splitlines()[::13]))
+            patch.setitem(FLOW, name, str(folder / f"{name}.jsonl"))
         patch.setattr(plots, "pyplot", lambda file: None)
         train_flow.main([*TRAIN.split(), "--lr", "1e-3", "--out", str(folder / "full")])
         train_flow.main([*TRAIN.split(), "--lr", "1e-2", "--lora-rank", "2", "--out", str(folder / "lora")])
@@ -54,6 +58,7 @@ def stored(out, name):
 
 def test_seed_0_is_the_training_scripts_evaluation(tmp_path, runs):
     options = ["--steps", 4, "--seeds", 1, "--samples", 2, "--out", tmp_path / "out"]
+    options += ["--prompts", runs / "held_out.jsonl", "--judge", FLOW["judge"]]
     adapted = f"{BASE}+{runs / 'lora' / 'adapter'}"
     table = run("--models", f"base={BASE}", f"full={runs / 'full' / 'model'}", f"lora={adapted}", *options)
     for name in ("full", "lora"):

@@ -286,8 +286,9 @@ def test_no_more_prompts_are_evaluated_than_asked_for(tmp_path, few):
     assert json.loads((tmp_path / "seen").read_text()) == [f"a red {d}" for d in ("one", "five", "nine") for _ in range(2)]
 
 
-def test_ten_rounds_of_the_main_job_learn(tmp_path):
-    train_flow.main(["--out", str(tmp_path / "run"), "--rounds", "10", "--eval-samples", "4"])
+def test_six_small_rounds_of_the_main_job_learn(tmp_path):
+    small = "--rounds 6 --prompts-per-round 8 --eval-samples 4 --eval-prompts 24 --eval-every 6".split()
+    train_flow.main(["--out", str(tmp_path / "run"), *small])
     first, last = lines(tmp_path / "run")[0]["eval"], lines(tmp_path / "run")[-1]["eval"]
     assert last["reward"] > first["reward"] + 3 and last["joint"] > first["joint"] + 0.08
 
