@@ -92,7 +92,6 @@ def test_clips_tokenizer_on_the_real_vocabulary_is_transformers(clip_folder):
 
 @pytest.mark.filterwarnings("ignore:the prompt")
 def test_clips_tokenizer_on_the_real_vocabulary_is_open_clips(clip_folder, vocabulary):
-    pytest.importorskip("ftfy")
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", vocabulary.parent / "tokenizer.py")
     module = importlib.util.module_from_spec(spec)  # the file alone: the package would import torchvision and timm
     spec.loader.exec_module(module)
