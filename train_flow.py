@@ -84,7 +84,7 @@ def main(argv=None):
                 phases.begin("reward")
                 with reward.on(args.device):
                     rewards = reward(pixels, [texts[row] for row in prompt_of], args.rollout_batch)
-                R = rewards["reward"].to(args.device) / unit  # --beta-unit
+                R = rewards["reward"].to(args.device) / unit  # in --beta-unit, as β0 and the clip are
 
                 # 3. Advantages A [N] within the groups. The method's line above turns them into weight and beta [N].
                 A = adrpo.group_advantages(R, args.group_size)

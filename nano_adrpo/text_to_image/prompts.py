@@ -28,9 +28,6 @@ class Prompt(NamedTuple):
     text: str
     category: str = ""  # "": none
 
-    def __str__(self):
-        return self.text
-
 
 def read_prompts(file):
     """The prompts in a file, [Prompt], see `read_rows`."""

@@ -61,7 +61,8 @@ def test_the_prompts_name_pairs_of_their_own():
         found = [prompt.category for prompt in prompts]
         assert tuple(found.count(name) for name in ("colouring", "binding", "position")) == counts
         assert all((" and " in text) == (kind == "binding") for text, kind in prompts)
-        assert all((" " in text[6:]) >= (kind == "position") for text, kind in prompts)
+        assert all((" left of " in text or " above " in text) == (kind == "position") for text, kind in prompts)
+        assert all((len(text.split()) == 3) == (kind == "colouring") for text, kind in prompts)
 
 
 def test_the_base_models_captions_are_true_and_then_name_the_colours_wrongly_a_third_of_the_time_and_never_some():
