@@ -5,59 +5,18 @@ import json
 import math
 import struct
 
+import decoder_models
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from decoder_models import FAMILIES, IDS, LLAMA3, folder
 
 from nano_adrpo import demo, files
 from nano_adrpo.files import safetensors
 from nano_adrpo.language.sampling import Cache
-from nano_adrpo.models import decoder, token_scores
+from nano_adrpo.models import decoder
 from nano_adrpo.models.decoder import Decoder, RewardModel
-from nano_adrpo.models.token_scores import TokenScores
 
-SIZES = {
-    "vocab_size": 13, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}  # fmt: skip
-FAMILIES = {
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
-    "qwen3": {"model_type": "qwen3", "head_dim": 6, "rms_norm_eps": 1e-5, "attention_bias": True},
-    "llama": {"model_type": "llama", "rope_theta": 500.0, "rope_scaling": LLAMA3},
-    "gemma": {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 8, "hidden_act": "gelu"},
-    "gemma2": {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0,
-               "final_logit_softcapping": 1.5},
-}  # fmt: skip
-
-
-def fill(model):
-    """Weights from a formula, the same everywhere, that look random: the digits of a large sine, in [−0.8, 0.8)."""
-    for index, (_, tensor) in enumerate(sorted(model.state_dict().items())):
-        sines = (torch.arange(tensor.numel(), dtype=torch.float64) + 1000 * index).sin() * 43758.5453
-        tensor.copy_((sines - sines.floor() - 0.5).view(tensor.shape) * 1.6)
-    return model.eval()
-
-
-def folder(path, family="qwen3", model=Decoder, **changes):
-    """A model folder of that family on disk; a change to None leaves the key out."""
-    path.mkdir(exist_ok=True)
-    values = {**SIZES, **FAMILIES[family], **changes}
-    files.write_json(path / "config.json", {key: value for key, value in values.items() if value is not None})
-    filled = fill(model(decoder.read_config(path)))
-    safetensors.save(path / "model.safetensors", filled.state_dict())
-    return path
-
-
-@pytest.fixture
-def model(tmp_path):
-    return Decoder.from_pretrained(folder(tmp_path / "model"))
-
-
-IDS = torch.tensor([[1, 5, 2, 12, 7, 7, 0, 3], [4, 4, 9, 11, 8, 6, 10, 2]])
+model = decoder_models.model
 
 # transformers 5.23 on the same weights: log-probabilities of token 3 and 12 after the first, fourth and last of IDS[0],
 # and the rewards of both rows.
@@ -150,95 +109,6 @@ def test_bfloat16_computes_norms_and_rotations_in_float32(tmp_path):
     norm = rounded.model.norm
     large = torch.full((1, 16), 300.0, dtype=torch.float16)  # its square is beyond float16
     torch.testing.assert_close(norm.to(torch.float16)(large), norm.weight[None], atol=1e-3, rtol=0)
-
-
-# token_logprobs
-
-
-class Largest(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2"])  # a tied head, a head of its own, capped logits
-@pytest.mark.parametrize("chunk", [13, 13 * 3, 2**24])
-@pytest.mark.parametrize("start, temperature", [(1, 1.0), (5, 0.7), (7, 1.3)])
-def test_token_logprobs_equal_log_softmax_and_gather(tmp_path, monkeypatch, family, chunk, start, temperature):
-    monkeypatch.setattr(token_scores, "CHUNK", chunk)
-    model = Decoder.from_pretrained(folder(tmp_path / family, family))
-    mask = torch.ones_like(IDS)
-    mask[0, :3], mask[1, 6:] = 0, 0
-    upstream = (torch.arange(2 * (8 - start)).float().view(2, -1) * 0.9).sin() * mask[:, start:]
-
-    full = (model(IDS, mask)[:, :-1] / temperature).log_softmax(-1)[:, start - 1 :]
-    expected = full.gather(-1, IDS[:, start:, None])[..., 0]
-    (expected * upstream).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-
-    logp, entropy = model.token_logprobs(IDS, mask, start, temperature, entropy=True)
-    seen = mask[:, start:].bool()
-    assert logp.shape == (2, 8 - start) and logp.dtype == torch.float32 and logp.isfinite().all()
-    torch.testing.assert_close(logp[seen], expected[seen], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(entropy[seen], torch.distributions.Categorical(logits=full).entropy()[seen])
-    assert not entropy.requires_grad
-    (logp * upstream).sum().backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(model.token_logprobs(IDS, mask, start, temperature), logp)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_the_heads_gradient_is_summed_in_float32(monkeypatch, dtype, tolerance):
-    # 2,000 positions, each a chunk of its own: a running sum in half precision would stop growing at 2⁸ or 2¹¹ times the
-    # summands, or drift. The hidden states are 1 and W is 0, so that each adds (1 at the token − 1/V) exactly.
-    monkeypatch.setattr(token_scores, "CHUNK", 8)
-    hidden, weight = torch.ones(2000, 4, dtype=dtype), torch.zeros(8, 4, dtype=dtype, requires_grad=True)
-    TokenScores.apply(hidden, weight, torch.zeros(2000, dtype=torch.long), 1.0, None)[0].sum().backward()
-    expected = (torch.eye(8)[0] - 1 / 8)[:, None].expand(8, 4) * 2000
-    torch.testing.assert_close(weight.grad.float(), expected, rtol=tolerance, atol=0)
-
-
-def test_ids_may_be_int32(model):
-    ids = IDS.int()
-    assert torch.equal(model(ids), model(IDS)) and torch.equal(model.token_logprobs(ids), model.token_logprobs(IDS))
-
-
-def test_token_logprobs_hold_no_tensor_of_all_logits(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_scores, "CHUNK", 4 * 500)
-    model = Decoder.from_pretrained(folder(tmp_path / "model", vocab_size=500))
-    ids = torch.arange(64).view(4, 16)
-    with Largest() as plain:
-        model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum().backward()
-    with Largest() as chunked:
-        model.token_logprobs(ids, entropy=True)[0].sum().backward()
-    assert plain.numel == 4 * 16 * 500 and chunked.numel == 500 * 16  # the embedding matrix
-
-
-def test_a_head_learns_on_top_of_a_frozen_transformer(model):
-    model.token_logprobs(IDS).sum().backward()
-    gradient = model.lm_head.weight.grad.clone()
-    model.zero_grad()
-    model.model.requires_grad_(False)
-    model.token_logprobs(IDS).sum().backward()
-    torch.testing.assert_close(model.lm_head.weight.grad, gradient)
-
-
-def test_token_logprobs_of_no_tokens(model):
-    assert model.token_logprobs(IDS, start=8).shape == (2, 0)
-
-
-def test_a_uniform_head_scores_minus_log_of_the_vocabulary(model):
-    model.lm_head.weight.data.zero_()
-    logp, entropy = model.token_logprobs(IDS, entropy=True)
-    torch.testing.assert_close(logp, torch.full((2, 7), -math.log(13)))
-    torch.testing.assert_close(entropy, torch.full((2, 7), math.log(13)))
 
 
 def test_gradient_checkpointing_changes_no_gradient(model):
@@ -455,12 +325,6 @@ def test_how_many_positions_a_model_has(tmp_path):
     assert positions(type="linear", factor=2.5) == positions(rope_type="dynamic", factor=2.5) == 1280
     yarn = {"type": "yarn", "factor": 4.0}
     assert positions(**yarn) == 2048 and positions(**yarn, original_max_position_embeddings=128) == 512
-
-
-@pytest.mark.parametrize("start, temperature", [(0, 1.0), (9, 1.0), (1, 0.0), (1, math.nan)])
-def test_token_logprobs_refuse(model, start, temperature):
-    with pytest.raises(ValueError, match="expected 1 … 8 and above 0"):
-        model.token_logprobs(IDS, None, start, temperature)
 
 
 def test_the_cache_never_reads_what_was_not_written(model):
