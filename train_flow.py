@@ -16,11 +16,12 @@ import torch
 from nano_adrpo import adrpo, demo, lora, ode
 from nano_adrpo.errors import InputError, Parser, about, run_command
 from nano_adrpo.evaluation import plots
-from nano_adrpo.evaluation.images import evaluate, evenly
+from nano_adrpo.evaluation.images import Evaluation, evaluate, evenly
 from nano_adrpo.rewards import function, images
 from nano_adrpo.text_to_image import TextToImage
 from nano_adrpo.text_to_image.prompts import cached, read_prompts
-from nano_adrpo.training import options, run
+from nano_adrpo.training import checkpoint, options, run
+from nano_adrpo.training.life import alive
 from nano_adrpo.training.options import finite, flag, positive
 from nano_adrpo.training.step import (
     MovingAverage,
@@ -44,53 +45,54 @@ METHODS = {
 }
 
 
-def main(argv=None):
+@alive
+def main(argv, life):
     args = parse(argv)
-    run.refuse_used(args.out)
+    memory = opened(checkpoint.begin(args, life, flat=True, unit=1.0, evaluations={}))
     prompts, held_out, reward, judge = open_task(args)
     texts, categories = zip(*prompts, *held_out)
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: every device draws the same numbers
     policy, condition, negative, reference = open_policy(args, texts, generator)
     shape = latent_shape(args, policy)
-    times = policy.times(args.ode_steps, args.shift, shape)
-    sampling = {"times": times, "negative": negative, "guidance": args.guidance, "method": args.ode_method}
+    sampling = {"times": policy.times(args.ode_steps, args.shift, shape), "negative": negative} | integration(args)
     optimizer = torch.optim.AdamW(trained(policy.transformer), args.lr, weight_decay=args.weight_decay)
     ema = MovingAverage(trained(policy.transformer), args.ema)
-    out = run.claim(args.out, "runs/flow", options.saved(args))
+    out = run.claim(args.out, "runs/flow", options.saved(args), life)
+    state = policy.transformer, optimizer, ema, {"draws": generator}
+    checkpoint.restore(out, memory, *state)
     log, phases = run.Log(out / "metrics.jsonl", args.rounds), run.Phases(args.device)
-    saved, flat, evaluations, unit, dpo = "none yet", True, {}, 1.0, args.method == "dpo"
-    share = 2 if dpo else 1  # DPO: the two samples of a pair use the same t and x0
+    dpo, share = (True, 2) if args.method == "dpo" else (False, 1)  # DPO: the two samples of a pair share t and x0
 
     def noise(count):
         return torch.randn(count, *shape, generator=generator).to(args.device)
 
-    def reference_velocity(x, t, rows):
+    def reference_velocity(x, t, rows, condition=condition):
         with reference() as frozen, autocast(args):  # the policy's transformer at the start, without gradient
             return policy.velocity(x, t, condition[rows], frozen)
 
-    for round in run.rounds(args):  # from 0, which only evaluates
-        values = {}
-        with run.at_round(round, saved):
+    for round in run.rounds(args, memory["round"]):  # from 0, which only evaluates
+        with run.at_round(args, out, round, phases), run.skipping(args, memory) as (values, involved):
             if round > 0:
                 # 1. Roll out: a group of images for each prompt, contiguous. N = prompts · group size.
                 phases.begin("rollout")
                 drawn = torch.randint(len(prompts), (args.prompts_per_round,), generator=generator)
-                prompt_of = drawn.repeat_interleave(args.group_size)  # [N], each sample's row of `prompts` and `condition`
+                drawn = drawn.repeat_interleave(args.group_size)  # [N], rows of `prompts` and `condition`
+                asked, told = [texts[row] for row in drawn.tolist()], condition[drawn].to(args.device)
+                involved += asked[:: args.group_size]
                 with autocast(args):
-                    x1, pixels = policy.draw(noise(len(prompt_of)), condition[prompt_of], **sampling, batch=args.rollout_batch)
+                    x1, pixels = policy.draw(noise(len(asked)), told, **sampling, batch=args.rollout_batch)
 
                 # 2. Reward: R [N], and the terms of this weighted sum. Pixels are on the CPU; reward models go to --device and
                 # back; the numbers come back on the CPU.
                 phases.begin("reward")
                 with reward.on(args.device):
-                    rewards = reward(pixels, [texts[row] for row in prompt_of], args.rollout_batch)
-                R = rewards["reward"].to(args.device) / unit  # in --beta-unit, as β0 and the clip are
+                    rewards = reward(pixels, asked, args.rollout_batch)
+                R = rewards["reward"].to(args.device) / memory["unit"]  # in --beta-unit, as β0 and the clip are
 
                 # 3. Advantages A [N] within the groups. The method's line above turns them into weight and beta [N].
                 A = adrpo.group_advantages(R, args.group_size)
                 weight, beta = (torch.as_tensor(c).to(A).expand_as(A) for c in METHODS[args.method](R, A, args))
-                if dpo:
-                    x1, prompt_of = best_and_worst(args, R, x1, prompt_of)
+                x1, told = best_and_worst(args, R, x1, told) if dpo else (x1, told)
 
                 # 4. Gradient steps on these samples. v alone has a gradient.
                 phases.begin("update")
@@ -99,40 +101,47 @@ def main(argv=None):
                     count, losses = len(x1) // share, []
                     t = draw_times(args, count, generator).to(args.device).repeat_interleave(share)
                     x0 = noise(count).repeat_interleave(share, dim=0)  # fresh noise, not the rollout's (docs/questions.md)
-                    for i in torch.arange(len(x1)).split(share * (args.micro_batch or count)):
+                    for i in torch.arange(len(x1), device=args.device).split(share * (args.micro_batch or count)):
                         x_t, u = adrpo.interpolate(x0[i], x1[i], t[i])
                         with autocast(args):
-                            v = policy.velocity(x_t, t[i], condition[prompt_of[i]])
-                        v_ref = reference_velocity(x_t, t[i], prompt_of[i])
+                            v = policy.velocity(x_t, t[i], told[i])
+                        v_ref = reference_velocity(x_t, t[i], i, told)
                         if dpo:
                             loss = adrpo.flow_dpo_loss(v, u, v_ref, BEST, WORST, args.beta_dpo, count)
                         else:
                             loss = adrpo.flow_loss(v, u, v_ref, weight[i], beta[i], count)  # Eq. 6
                         loss.backward()
-                        losses.append(loss.item())
-                    norm = optimizer_step(optimizer, sum(losses), args, ema)
+                        losses.append(loss.detach().double())
+                    loss, norm = optimizer_step(optimizer, sum(losses), args, ema)
 
                 # 5. Log.
-                values = describe(args, rewards, beta) | {"loss": sum(losses), "grad_norm": norm}
-                flat = run.still_flat(flat, values["zero_spread"], round, args.rounds)
+                values |= describe(args, rewards, beta) | {"loss": loss, "grad_norm": norm}
+                memory["flat"] = run.still_flat(memory["flat"], values["zero_spread"], round, args.rounds)
 
-            # 6. Evaluate the moving average on training and on held-out prompts, from the same noises in every run; save it.
-            if run.evaluation_is_due(args, round):
-                phases.begin("evaluation")
-                with ema.applied(), autocast(args):
-                    found = {
-                        name: evaluate(policy, condition, texts, reward, judge, reference_velocity, rows=rows,
-                                       categories=categories, shape=shape, **sampling, **evaluation(args))
-                        for name, rows in to_evaluate(args, prompts, held_out).items()
-                    }  # fmt: skip
-                values |= remember(evaluations, round, found)
-                if len(evaluations) == 1:
-                    unit, values["beta0"] = run.scale(args, values.get("eval_train", values["eval"])["reward_std"])
-                if round > 0:
-                    saved = run.save_checkpoint(policy.transformer, policy.save_pretrained, args, out, ema, round)
+        # 6. Evaluate the moving average on training and on held-out prompts, from the same noises in every run; save it.
+        if run.evaluation_is_due(args, round):
+            phases.begin("evaluation")
+            with run.at_round(args, out, round, phases), ema.applied(), autocast(args):
+                found = {
+                    name: evaluate(policy, condition, texts, reward, judge, reference_velocity, rows=rows,
+                                   categories=categories, shape=shape, **sampling, **evaluation(args))
+                    for name, rows in to_evaluate(args, prompts, held_out).items()
+                }  # fmt: skip
+                values |= remember(memory["evaluations"], round, found)
+                if len(memory["evaluations"]) == 1:
+                    memory["unit"], values["beta0"] = run.scale(args, found)
+                run.save_model(policy.transformer, policy.save_pretrained, args, out, ema, round)
         log.write(round, values, phases.take())
+        checkpoint.save_if_due(args, life, out, round, memory, *state)
 
-    return report(out, texts, evaluations, "held-out prompts" if held_out else "training prompts")
+    return report(out, texts, memory["evaluations"], "held-out prompts" if held_out else "training prompts")
+
+
+def opened(memory):
+    """Makes Evaluations again of what a checkpoint has of them, by round, see `remember`. -> memory"""
+    stored = memory["evaluations"].items()
+    memory["evaluations"] = {int(round): {name: Evaluation(**it) for name, it in found.items()} for round, found in stored}
+    return memory
 
 
 def remember(evaluations, round, found):
@@ -150,10 +159,10 @@ def remember(evaluations, round, found):
 BEST, WORST = slice(0, None, 2), slice(1, None, 2)  # rows of a batch of pairs
 
 
-def best_and_worst(args, R, x1, prompt_of):
-    """DPO: keeps of each group the best and the worst sample, side by side. -> their x1 and prompts, [2 · groups]."""
+def best_and_worst(args, R, x1, told):
+    """DPO: keeps of each group the best and the worst sample, side by side. -> their x1 and conditions, [2 · groups]."""
     pairs = torch.stack(adrpo.best_and_worst(R, args.group_size), dim=1).flatten()
-    return x1[pairs], prompt_of[pairs.cpu()]
+    return x1[pairs], told[pairs]
 
 
 def open_task(args):
@@ -163,6 +172,11 @@ def open_task(args):
     prompts, held_out = (read_prompts(file) if file else [] for file in files)
     judge = args.judge or (demo.FLOW["judge"] if args.prompts is None else None)
     return prompts, held_out, images.parse(args.reward), function(judge) if judge else None
+
+
+def integration(args):
+    """The options of sampling, for TextToImage.draw."""
+    return {"guidance": args.guidance, "method": args.ode_method}
 
 
 def evaluation(args):
@@ -320,6 +334,7 @@ def parse(argv=None):
     add("--eval-samples", type=positive(int), default=8, help="samples per prompt in an evaluation, at least 2")
     add("--eval-prompts", type=positive(int), default=64, help="most prompts, of each file, in an evaluation")
     args = options.parse(parser, argv)
+    refuse_idle(args, argv)
     for option in ("group_size", "eval_samples"):
         if getattr(args, option) < 2:
             raise InputError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 2, to compare samples")
@@ -335,6 +350,20 @@ def parse(argv=None):
     if args.beta_unit == "deviation" and not args.eval_first:
         raise InputError("--no-eval-first: expected with --beta-unit reward; the first evaluation measures the deviation")
     return args
+
+
+def refuse_idle(args, argv):
+    """Refuses options that have no effect beside the others."""
+    options.refuse_idle(
+        argv,
+        (args.method == "orw-cfm-w2", "with --method orw-cfm-w2", "--tau"),
+        (args.method == "dpo", "with --method dpo", "--beta-dpo"),
+        (args.method not in ("raft", "dpo"), "with --method adrpo, fixed-beta or orw-cfm-w2", "--beta0"),
+        (args.method in ("adrpo", "fixed-beta"), "with --method adrpo or fixed-beta", "--a-min", "--a-max"),
+        (args.guidance > 1, "with --guidance above 1", "--negative-prompt"),
+        (args.prompts, "with --prompts: the demo's model has no T5", "--t5"),
+        *options.idle_in_training(args),
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@
     python train_grpo.py --method grpo                               # the baseline: the same loss, β0 instead of β0 − A
     python train_grpo.py --lora-rank 8 --lora-alpha 16 --lr 5e-3     # low-rank adapters on a frozen model
     python train_grpo.py --config docs/gsm8k.json --model QWEN_FOLDER --problems train.jsonl --held-out test.jsonl
+    python train_grpo.py --demo audio                                # questions about sounds, on the CPU
+    python train_grpo.py --task audio --model QWEN_OMNI_FOLDER --problems train_qa.json --held-out val_qa.json \
+        --audio-folder WAVS                                          # questions about sounds, AVQA's or your own
 
 One round: draw problems, sample a group of completions for each, reward them, turn rewards into advantages and β, take clipped
 policy-gradient steps, log. The reference is a frozen copy of the policy at the start or, with --lora-rank, the policy with its
@@ -16,15 +19,19 @@ import functools
 import torch
 
 from nano_adrpo import adrpo, demo, files, lora, metrics
-from nano_adrpo.errors import InputError, Parser, about, run_command
+from nano_adrpo.demo import sounds
+from nano_adrpo.errors import InputError, Parser, about, run_command, writing
 from nano_adrpo.evaluation import plots
 from nano_adrpo.evaluation.text import evaluate, reward_means
+from nano_adrpo.language.audio import AudioCodec
 from nano_adrpo.language.chat import TextCodec
 from nano_adrpo.language.rollout import roll_out, score, score_all
-from nano_adrpo.models.decoder import Decoder
-from nano_adrpo.rewards import function, text
-from nano_adrpo.training import options, run
-from nano_adrpo.training.options import finite, positive
+from nano_adrpo.models.omni import open_language_model
+from nano_adrpo.rewards import choices, function, text
+from nano_adrpo.rewards.questions import read_questions
+from nano_adrpo.training import checkpoint, options, run
+from nano_adrpo.training.life import alive
+from nano_adrpo.training.options import finite, flag, positive
 from nano_adrpo.training.step import (
     MovingAverage,
     autocast,
@@ -42,30 +49,32 @@ METHODS = {
 }
 
 
-def main(argv=None):
+@alive
+def main(argv, life):
     args = parse(argv)
-    run.refuse_used(args.out)
+    memory = checkpoint.begin(args, life, flat=True, first=None, last=None)
     generator = torch.Generator().manual_seed(args.seed)  # for adapters, problems and minibatches; on the CPU
     token_generator = torch.Generator(args.device).manual_seed(args.seed)
     policy, codec, reference = open_policy(args, generator)
     problems, held_out, reward, judge = open_task(args, policy, codec)
     optimizer = torch.optim.AdamW(trained(policy), args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
     ema = MovingAverage(trained(policy), args.ema)
-    out = run.claim(args.out, "runs/grpo", options.saved(args))
+    out = run.claim(args.out, "runs/grpo", options.saved(args), life)
+    state = policy, optimizer, ema, {"draws": generator, "tokens": token_generator}
+    checkpoint.restore(out, memory, *state)
     log, phases = run.Log(out / "metrics.jsonl", args.rounds), run.Phases(args.device)
-    saved, flat, first = "none yet", True, None
 
-    for round in run.rounds(args):  # from 0, which only evaluates
-        values = {}
-        with run.at_round(round, saved):
+    for round in run.rounds(args, memory["round"]):  # from 0, which only evaluates
+        with run.at_round(args, out, round, phases), run.skipping(args, memory) as (values, involved):
             if round > 0:
                 # 1. Roll out: a group of completions for each problem, contiguous. N = problems · group size.
                 phases.begin("rollout")
                 drawn = torch.randint(len(problems), (args.prompts_per_round,), generator=generator).tolist()
                 asked = [problems[row] for row in drawn for _ in range(args.group_size)]
+                involved += [problems[row].question for row in drawn]
                 with autocast(args):
                     rollout = roll_out(policy, codec, asked, args.max_new_tokens, args.max_prompt_tokens, token_generator,
-                                       temperature=args.temperature)  # fmt: skip
+                                       temperature=args.temperature, steps=steps(args))  # fmt: skip
                 mask = rollout.mask  # [N, C], 1 at the completions' tokens
 
                 # 2. Reward: R [N], and the terms of this weighted sum, on the CPU.
@@ -81,16 +90,16 @@ def main(argv=None):
                 phases.begin("update")
                 set_learning_rate(optimizer, args, round)
                 with reference() as frozen, autocast(args):  # the policy at the start
-                    ref_logp, _ = score_all(frozen, rollout, micro_batch(args), args.temperature)
+                    ref_logp = score_all(frozen, rollout, micro_batch(args), args.temperature)
                 one_step = args.inner_epochs * args.minibatches == 1  # then logp is old_logp, too: no extra forward pass
                 old_logp, entropy = torch.zeros_like(ref_logp), torch.zeros_like(ref_logp)
                 if not one_step:
                     with autocast(args):
-                        old_logp, entropy = score_all(policy, rollout, micro_batch(args), args.temperature)
+                        old_logp, entropy = score_all(policy, rollout, micro_batch(args), args.temperature, entropy=True)
                 clipped = 0
                 for batch in minibatches(args, generator):
-                    count, losses = len(batch) if args.average == "sequences" else int(mask[batch].sum()), []
-                    for i in batch.to(args.device).split(micro_batch(args)):
+                    count, losses = len(batch) if args.average == "sequences" else mask[batch].sum(), []
+                    for i in batch.split(micro_batch(args)):
                         with autocast(args):
                             logp, entropy_i = score(policy, rollout, i, args.temperature, entropy=True)
                         if one_step:
@@ -99,43 +108,45 @@ def main(argv=None):
                             logp, old_logp[i], ref_logp[i], mask[i], A[i], beta[i], args.clip_eps, args.kl, args.average, count
                         )
                         loss.backward()
-                        losses.append(loss.item())
-                        clipped += metrics.clipped_tokens(logp, old_logp[i], mask[i], args.clip_eps).item()
-                    norm = optimizer_step(optimizer, sum(losses), args, ema)
+                        losses.append(loss.detach().double())
+                        clipped += metrics.clipped_tokens(logp, old_logp[i], mask[i], args.clip_eps)
+                    loss, norm = optimizer_step(optimizer, sum(losses), args, ema)
 
                 # 5. Log.
-                values = describe(args, rollout, asked, rewards, A, beta, entropy, old_logp, ref_logp)
+                values |= describe(args, rollout, asked, rewards, A, beta, entropy, old_logp, ref_logp)
                 values |= {
-                    "loss": sum(losses),
+                    "loss": loss,
                     "grad_norm": norm,
-                    "clip_fraction": clipped / args.inner_epochs / int(mask.sum()),
+                    "clip_fraction": clipped.item() / args.inner_epochs / int(mask.sum()),
                 }
-                flat = run.still_flat(flat, values["zero_spread"], round, args.rounds)
+                memory["flat"] = run.still_flat(memory["flat"], values["zero_spread"], round, args.rounds)
                 if round == 1:
                     run.note_scale(args.beta0, values["reward_std"])
 
-            # 6. Evaluate the moving average on the held-out problems, with the same random numbers in every run, and save it.
-            if run.evaluation_is_due(args, round):
-                phases.begin("evaluation")
-                with ema.applied():
-                    last, errors, texts = evaluate(policy, codec, held_out, reward, judge, reference, **evaluation(args))
-                first, values["eval"], values["eval_error"] = first or (last, errors), last, errors
+        # 6. Evaluate the moving average on the held-out problems, with the same random numbers in every run, and save it.
+        if run.evaluation_is_due(args, round):
+            phases.begin("evaluation")
+            with run.at_round(args, out, round, phases), ema.applied():
+                *found, texts = evaluate(policy, codec, held_out, reward, judge, reference, **evaluation(args))
+                values["eval"], values["eval_error"] = memory["last"] = found
+                memory["first"] = memory["first"] or found
                 write_samples(out, round, held_out, texts[:: args.eval_samples])
-                if round > 0:
-                    saved = run.save_checkpoint(policy, policy.save_pretrained, args, out, ema, round)
+                run.save_model(policy, policy.save_pretrained, args, out, ema, round)
         log.write(round, values, phases.take())
+        checkpoint.save_if_due(args, life, out, round, memory, *state)
 
-    run.print_table({"held-out problems": (first, (last, errors))})
+    run.print_table({"held-out problems": (memory["first"], memory["last"])})
     plots.curves(out / "curves.png", out / "metrics.jsonl", "entropy")
     plots.shares(out / "shares.png", out / "metrics.jsonl")
-    return last
+    return memory["last"][0]
 
 
 def open_policy(args, generator):
-    """-> the policy, its TextCodec, and the reference: `with reference() as frozen:` is the policy at the start."""
-    policy = Decoder.from_pretrained(args.model, weight_dtype(args), args.device)
+    """-> the policy, its codec, and the reference: `with reference() as frozen:` is the policy at the start."""
+    policy = open_language_model(args.model, weight_dtype(args), args.device)
     with about(f"--model {args.model}"):
-        codec = TextCodec(policy, args.system, args.chat_template, args.thinking, args.stop)
+        chat = args.system, args.chat_template, args.thinking, args.stop
+        codec = AudioCodec(policy, *chat, embeddings=embeddings(args)) if args.task == "audio" else TextCodec(policy, *chat)
     if args.chat_template and codec.template:  # what is saved has the template that it was trained with
         policy.files["chat_template.jinja"] = codec.template.text.encode()
     if args.adapter:
@@ -152,10 +163,16 @@ def open_policy(args, generator):
 def open_task(args, policy, codec):
     """-> problems to train on, held-out problems, the reward, and the judge or None. Without --problems they are the demo's,
     with its judge. Raises InputError for a prompt that is too long."""
-    paths = args.problems or demo.GRPO["problems"], args.held_out or demo.GRPO["held_out"]
+    own = demo.AUDIO if args.task == "audio" else demo.GRPO
+    paths = args.problems or own["problems"], args.held_out or own["held_out"]
+    if args.task == "audio" and not args.problems:
+        paths = sounds.written()
     few_shot = files.read_text(args.few_shot) if args.few_shot else ""
-    needed_by = text.needs_answers(args.reward)
-    problems, held_out = (text.read_problems(file, args.instruction, few_shot, needed_by) for file in paths)
+    if args.task == "audio":
+        read, options = read_questions, (args.prompt_form, args.audio_folder)
+    else:
+        read, options = text.read_problems, (text.needs_answers(args.reward),)
+    problems, held_out = (read(file, args.instruction, few_shot, *options) for file in paths)
     for file, some in zip(paths, (problems, held_out)):
         with about(f"{file}, --max-prompt-tokens {args.max_prompt_tokens}"):
             ids, _ = codec.encode([problem.prompt for problem in some], args.max_prompt_tokens)
@@ -165,8 +182,14 @@ def open_task(args, policy, codec):
             raise InputError(f"{file}: {behind} exceeds the model's {limit} positions")
     terms = [*args.reward, *([f"format@{args.format_reward}"] if args.format_reward else [])]
     reward = text.parse(terms, args.device, micro_batch(args), functools.partial(autocast, args), args.system, args.thinking)
-    judge = args.judge or (demo.GRPO["judge"] if args.problems is None else None)
+    judge = args.judge or (own["judge"] if args.problems is None else None)
     return problems, held_out, reward, text.own(function(judge)) if judge else None
+
+
+def embeddings(args):
+    """The folder that keeps the embeddings of sounds, or None: in memory."""
+    folder = args.embeddings or (f"{args.problems}.embeddings" if args.problems else "none")
+    return None if folder == "none" else folder
 
 
 def advantage_range(args):
@@ -182,7 +205,13 @@ def micro_batch(args):
 def minibatches(args, generator):
     """Yields the rows of each gradient step of a round, in a new order in each pass over the completions."""
     for _ in range(args.inner_epochs):
-        yield from torch.randperm(args.prompts_per_round * args.group_size, generator=generator).chunk(args.minibatches)
+        rows = torch.randperm(args.prompts_per_round * args.group_size, generator=generator)
+        yield from rows.to(args.device).chunk(args.minibatches)
+
+
+def steps(args):
+    """How Decoder.generate takes its steps: see there."""
+    return "compiled" if args.compile else None
 
 
 def describe(args, rollout, asked, rewards, A, beta, entropy, logp, ref_logp):
@@ -191,7 +220,7 @@ def describe(args, rollout, asked, rewards, A, beta, entropy, logp, ref_logp):
     groups = rewards["reward"].reshape(-1, args.group_size)
     low, high = advantage_range(args)
     at_bounds = ((A <= low) | (A >= high)) & (args.method == "adrpo")
-    right = text.exact(rollout.texts, asked)
+    right = text.right(rollout.texts, asked)
     return {
         **reward_means(rewards),
         "reward_std": groups.std(dim=1).mean().item(),
@@ -209,7 +238,7 @@ def evaluation(args):
     return {
         "samples": args.eval_samples, "max_new_tokens": args.max_new_tokens, "longest": args.max_prompt_tokens,
         "batch": args.eval_batch, "score_batch": micro_batch(args), "temperature": args.eval_temperature,
-        "top_k": args.eval_top_k, "top_p": args.eval_top_p,
+        "top_k": args.eval_top_k, "top_p": args.eval_top_p, "steps": steps(args),
         "score_temperature": args.eval_temperature or args.temperature, "autocast": functools.partial(autocast, args),
     }  # fmt: skip
 
@@ -217,7 +246,7 @@ def evaluation(args):
 def write_samples(out, round, problems, texts):
     """Adds one completion of each of the first eight held-out problems to samples.txt."""
     samples = [f"{problem.question}\n{completion}\n" for problem, completion in zip(problems[:8], texts)]
-    with open(out / "samples.txt", "a", encoding="utf-8") as file:
+    with writing(out / "samples.txt"), open(out / "samples.txt", "a", encoding="utf-8") as file:
         file.write(f"=== round {round}\n" + "\n".join(samples) + "\n")
 
 
@@ -245,21 +274,41 @@ def parse(argv=None):
         default=demo.GRPO["max_new_tokens"],
         help="tokens of a completion, its end included",
     )
-    add("--max-prompt-tokens", type=positive(int), default=512, help="a longer prompt is refused")
+    add("--max-prompt-tokens", type=positive(int), default=512, help="a longer prompt is refused; a sound has 25 a second")
     add("--temperature", type=positive(float), default=1.0, help="of sampling, and of the scores that the loss uses")
     add = options.optimisation(parser, lora.DECODER_TARGETS, rounds=110, lr=8e-4, lr_schedule="linear", lr_hold=0.5)
     add("--inner-epochs", type=positive(int), default=1, help="μ, passes over a round's completions")
     add("--minibatches", type=positive(int), default=1, help="gradient steps per pass; must divide a round's completions")
+    flag(add, "--compile", False, "torch.compile the steps of sampling, on a GPU as a CUDA graph")
     add = parser.add_argument_group("inputs").add_argument
-    add("--model", default=demo.GRPO["model"], help="Qwen2, Qwen2.5, Qwen3, Llama or Gemma folder")
-    add("--problems", help='JSON lines with "question" or "prompt" and, if rewards need it, "answer"; default the demo\'s')
+    add(
+        "--demo",
+        choices=("arithmetic", "audio"),
+        default="arithmetic",
+        help="whose model, problems and options are the defaults",
+    )
+    add("--task", choices=("text", "audio"), default="text", help="what problems are: texts, or questions about sounds")
+    add("--model", default=demo.GRPO["model"], help="Qwen2, Qwen2.5, Qwen3, Llama or Gemma folder; of audio Qwen2.5-Omni's")
+    add(
+        "--problems",
+        help='JSON lines with "question" or "prompt" and, if rewards need it, "answer"; default the demo\'s; of audio see '
+        "nano_adrpo/rewards/questions.py",
+    )
     add("--held-out", help="the same, for evaluation; needed with --problems")
     add("--instruction", default="", help="text put behind every question")
     options.chat(add)
     add("--few-shot", help="file of text put before every question; rewards and judges do not see it")
-    add("--reward", nargs="+", default=["exact"], help="NAME[:FOLDER][@WEIGHT] …, see nano_adrpo/rewards/text.py")
+    add(
+        "--reward",
+        nargs="+",
+        help="NAME[:FOLDER][@WEIGHT] …, see nano_adrpo/rewards/text.py; default exact, of audio choice answer_format",
+    )
     add("--format-reward", type=positive(float, zero=True), default=0.0, help="for an answer in \\boxed{} or after ####")
     add("--judge", help="FILE.py:FUNCTION(prompts, completions, rows) -> {metric: number}; default the demo's or none")
+    add = parser.add_argument_group("audio").add_argument
+    add("--prompt-form", choices=tuple(choices.FORMS), help="how to answer, see nano_adrpo/rewards/choices.py; default answer")
+    add("--audio-folder", help="where the sounds are; default beside the file that names them")
+    add("--embeddings", help="folder that keeps the sounds' embeddings; default PROBLEMS.embeddings; none: the memory")
     add = options.run(parser, eval_every=22)
     add("--eval-samples", type=positive(int), default=8, help="completions per held-out problem in an evaluation")
     add("--eval-batch", type=positive(int), default=1024, help="completions sampled at a time in an evaluation")
@@ -267,6 +316,10 @@ def parse(argv=None):
     add("--eval-top-k", type=positive(int, zero=True), default=0, help="likeliest tokens kept in an evaluation; 0 keeps all")
     add("--eval-top-p", type=positive(float), default=1.0, help="probability kept in an evaluation; 1 keeps all")
     args = options.parse(parser, argv)
+    if args.demo == "audio":
+        parser.set_defaults(**demo.AUDIO["options"])
+        args = options.parse(parser, argv)
+    refuse_idle(args, argv)
     if args.group_size < 2:
         raise InputError("--group-size 1: expected at least 2, since an advantage compares completions of one problem")
     options.divides("--minibatches", args.minibatches, args.prompts_per_round * args.group_size, "completions of a round")
@@ -274,10 +327,47 @@ def parse(argv=None):
     options.divides("--micro-batch", micro_batch(args), size, "completions of a minibatch")
     if bool(args.problems) != bool(args.held_out):
         raise InputError("--problems and --held-out: expected both or neither")
+    resolve_task(args)
     if args.eval_top_p > 1:
         raise InputError(f"--eval-top-p {args.eval_top_p}: expected at most 1")
     options.check_range(*advantage_range(args))
     return args
+
+
+def resolve_task(args):
+    """Fills in what is by default the task's, and refuses what acts on audio alone."""
+    audio = args.task == "audio"
+    args.reward = args.reward or (["choice", "answer_format"] if audio else ["exact"])
+    if audio:
+        args.prompt_form = args.prompt_form or "answer"
+        if not args.problems and args.demo != "audio":
+            raise InputError("--task audio: expected --problems and --held-out, or --demo audio")
+    elif args.demo == "audio":
+        raise InputError("--task text: expected audio with --demo audio")
+    for option in () if audio else ("prompt_form", "audio_folder", "embeddings"):
+        if getattr(args, option) is not None:
+            raise InputError(f"--{option.replace('_', '-')}: expected only with --task audio")
+    if not audio and "choice" in [text.weighted(spec)[0] for spec in args.reward]:
+        raise InputError("--reward choice: expected only with --task audio, whose questions have choices")
+
+
+def refuse_idle(args, argv):
+    """Refuses options that have no effect beside the others."""
+    several, regularised = args.inner_epochs * args.minibatches > 1, args.beta0 > 0
+    regularised |= args.method == "adrpo" and advantage_range(args) != (0, 0)
+    options.refuse_idle(
+        argv,
+        (args.method == "adrpo", "with --method adrpo", "--a-min", "--a-max"),
+        (several, "with --inner-epochs or --minibatches above 1: in a single step the ratio is 1", "--clip-eps"),
+        (regularised, "with a --beta0 above 0: there is no KL", "--kl"),
+        (
+            args.eval_temperature > 0,
+            "with --eval-temperature above 0: the likeliest token is taken",
+            "--eval-top-k",
+            "--eval-top-p",
+        ),
+        *options.idle_in_training(args),
+    )
 
 
 if __name__ == "__main__":

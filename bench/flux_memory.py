@@ -1,4 +1,4 @@
-"""What fine-tuning FLUX.1-dev with adapters takes: memory by phase, on paper from shapes. python bench/flux_memory.py
+"""What fine-tuning FLUX.1-dev with adapters takes: memory by phase, on paper from shapes. python -m bench.flux_memory
 
 bfloat16 weights, rank-32 adapters, float32 Adam, gradient checkpointing per block, the autoencoder one image at a time, prompt
 embeddings made before. 1 GB is 10⁹ bytes.
@@ -6,8 +6,8 @@ embeddings made before. 1 GB is 10⁹ bytes.
 
 import torch
 import torch.nn.functional as F
-from sd3_memory import VAE, Attention, kept
 
+from bench.sd3_memory import VAE, Attention, kept
 from nano_adrpo import lora
 from nano_adrpo.models import flux, vae
 

@@ -1,8 +1,8 @@
 """What fine-tuning SD3-medium with adapters takes: memory by phase, on paper from shapes or measured on a GPU.
 
-    python bench/sd3_memory.py --paper                        # no GPU needed
-    python bench/sd3_memory.py --resolution 512               # random weights of full size, on CUDA
-    python bench/sd3_memory.py --resolution 1024 --micro-batch 4
+    python -m bench.sd3_memory --paper                        # no GPU needed
+    python -m bench.sd3_memory --resolution 512               # random weights of full size, on CUDA
+    python -m bench.sd3_memory --resolution 1024 --micro-batch 4
 
 bfloat16 weights, rank-32 adapters, float32 Adam, gradient checkpointing per block, the autoencoder one image at a time, CLIP
 L/14 in float32 on the GPU only while it scores, prompt embeddings made before. 1 GB is 10⁹ bytes.
@@ -39,7 +39,8 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, grad, grad
+        q, k, v, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def transformer(device):

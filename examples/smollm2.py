@@ -35,16 +35,15 @@ def main(argv=None):
     parser.add_argument("--out", required=True, help="new or empty folder for the model")
     args = parser.parse_args(argv)
     gguf, file = packages()
-    out = files.new_folder(args.out)
-    reader = gguf.GGUFReader(file)
-    facts = {name: field.contents() for name, field in reader.fields.items()}
-    arrays = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-    save = lambda path: save_file(weights(arrays, facts), path, {"format": "pt"})
-    files.replace(out / "model.safetensors", save)
-    files.write_json(out / "config.json", config(facts))
-    build_tokenizer(facts).save(str(out / "tokenizer.json"))
-    files.write_json(out / "tokenizer_config.json", tokenizer_config(facts))
-    print(f"{out}: {facts['general.name']}")
+    with files.new_folder(args.out) as out:
+        reader = gguf.GGUFReader(file)
+        facts = {name: field.contents() for name, field in reader.fields.items()}
+        arrays = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+        save_file(weights(arrays, facts), out / "model.safetensors", {"format": "pt"})
+        files.write_json(out / "config.json", config(facts))
+        build_tokenizer(facts).save(str(out / "tokenizer.json"))
+        files.write_json(out / "tokenizer_config.json", tokenizer_config(facts))
+    print(f"{args.out}: {facts['general.name']}")
 
 
 def packages():

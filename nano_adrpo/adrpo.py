@@ -196,8 +196,8 @@ def policy_loss(
     gradient_term = -torch.minimum(A * ratio, A * ratio.clamp(1 - clip_eps, 1 + clip_eps))
     loss = (gradient_term + beta * kl_divergence(logp, ref_logp, kl)) * mask  # [N, T]
     if average == "tokens":
-        return loss.sum() / (count or mask.sum().clamp(min=1))
-    return (loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / (count or len(loss))
+        return loss.sum() / (mask.sum().clamp(min=1) if count is None else count)
+    return (loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / (len(loss) if count is None else count)
 
 
 def kl_divergence(logp, ref_logp, estimator="k3"):

@@ -2,19 +2,39 @@
 
 The library raises `InputError` (a ValueError) for a bad file, key, option or number, with a message that names it and says what
 was expected. `run_command` turns it into `error: …` and exit status 2. Every other exception passes through with its traceback.
+
+Names and texts from files may hold anything, such as codes that move a terminal's cursor. `shown` makes them fit to print.
 """
 
 import argparse
 import contextlib
 import sys
 
+LONGEST = 1000  # characters of a message
+
+
+def shown(text, longest=LONGEST):
+    """A text as one line that is fit to print: what is no letter, sign or blank is written as Python escapes it, and of a long
+    text the middle is left out."""
+    text = str(text)
+    if len(text) > longest:
+        text = f"{text[: longest * 2 // 3]} … {text[-longest // 3 :]}"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
 
 class InputError(ValueError):
     """What the user gave does not fit. The message is one line: the file, key or option, and what was expected."""
 
+    def __str__(self):
+        return shown(super().__str__())
+
 
 class MissingFile(InputError, FileNotFoundError):
     """A file or folder is not there."""
+
+
+class NotWritten(InputError, OSError):
+    """A file cannot be written: no space, no folder, no permission."""
 
 
 class NotFinite(InputError, FloatingPointError):
@@ -30,6 +50,17 @@ def about(subject):
         raise type(error)(f"{subject}: {error}") from None
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Names the path where something inside cannot be written, as on a full disk."""
+    try:
+        yield
+    except NotWritten:
+        raise
+    except OSError as error:
+        raise NotWritten(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
 class Parser(argparse.ArgumentParser):
     """Options must be spelt in full. A wrong one is one line, not a page of usage."""
 
@@ -37,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {shown(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -46,7 +77,8 @@ def run_command(main):
     try:
         main()
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # as a shell says it of SIGINT

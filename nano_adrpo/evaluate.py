@@ -33,7 +33,7 @@ from nano_adrpo.evaluation.entries import Results, entries
 from nano_adrpo.evaluation.images import evaluate, evenly, score
 from nano_adrpo.files.png import write_png
 from nano_adrpo.language.chat import TextCodec
-from nano_adrpo.models.decoder import Decoder
+from nano_adrpo.models.omni import open_language_model
 from nano_adrpo.rewards import images as image_rewards
 from nano_adrpo.rewards import text as text_rewards
 from nano_adrpo.text_to_image import TextToImage, prompts
@@ -92,6 +92,7 @@ def parse(argv=None):
         if getattr(args, action.dest) != action.default:
             raise InputError(f"{action.option_strings[0]}: expected only {'without' if of_text else 'with'} --problems")
         delattr(args, action.dest)
+    refuse_idle(args, argv, of_text)
     if of_text:
         args.rewards = args.rewards or ["exact"]
         if args.top_p > 1:
@@ -105,6 +106,15 @@ def parse(argv=None):
     return args
 
 
+def refuse_idle(args, argv, of_text):
+    """Refuses options that have no effect on what is measured."""
+    options.refuse_idle(
+        argv,
+        (not of_text or args.temperature > 0, "with --temperature above 0: the likeliest token is taken", "--top-k", "--top-p"),
+        (of_text or args.guidance > 1, "with --guidance above 1", "--negative-prompt"),
+    )
+
+
 def open_results(args, found, changed):
     """-> the Results of the entries in --out. changed: what config.json has of some options, {name: value}."""
     free = ("models", "out", "device", "batch")  # may differ from call to call; models have results of their own
@@ -113,6 +123,10 @@ def open_results(args, found, changed):
     results = Results(args.out, found)
     results.open({name: value for name, value in vars(args).items() if name not in free} | changed)
     return results
+
+
+# Options that say how a model draws, and their defaults.
+DRAWING = {"shift": None, "guidance": 1.0, "resolution": None, "t5": "load", "base": None, "lower_case": None}
 
 
 class Evaluation:
@@ -126,6 +140,8 @@ class Evaluation:
         with about("--judge"):
             self.judge = rewards.function(args.judge) if args.judge else None
         self.reward = image_rewards.parse(args.rewards)
+        if args.clip_diversity != "normalized" and not self.reward.embeds:
+            raise InputError("--clip-diversity: expected only with a reward of CLIP's, whose embeddings it is measured with")
         self.out, self.dtype = Path(args.out), DTYPES[args.dtype]
         self.loaded = {}  # of the reference and of the current entry: what `load` gives
         self.space = {}  # of each model: its family and its latents' shape. W2 means something where these are the same
@@ -135,6 +151,13 @@ class Evaluation:
     def check(self):
         """Checks file names and headers, so that errors come before long work."""
         first, images_only, spaces = None, {}, {}
+        folders = [entry for entry in self.entries if image_folders.is_images(entry.model)]
+        if self.args.images and not folders:
+            raise InputError("--images: expected only with a folder of images among --models")
+        if len(folders) == len(self.entries) and (
+            idle := [name for name in DRAWING if getattr(self.args, name) != DRAWING[name]]
+        ):
+            raise InputError(f"--{idle[0].replace('_', '-')}: expected only with a model among --models, which draws")
         for entry in self.entries:
             is_images = image_folders.is_images(entry.model)
             if images_only.setdefault(entry.name, is_images) != is_images:
@@ -255,7 +278,7 @@ class TextEvaluation:
         """-> the Decoder on a device, with the entry's adapter, and its codec."""
         args = self.args
         with about(f"--models {entry.what}"):
-            model = Decoder.from_pretrained(entry.model, self.dtype, where)
+            model = open_language_model(entry.model, self.dtype, where)
             codec = TextCodec(model, args.system, args.chat_template, args.thinking, args.stop)
             if entry.adapter:
                 lora.load(model, entry.adapter)

@@ -19,6 +19,7 @@ adapters go to and fro.
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nano_adrpo import files
-from nano_adrpo.errors import InputError, MissingFile, Parser, about, run_command
+from nano_adrpo.errors import InputError, MissingFile, Parser, about, run_command, shown
 from nano_adrpo.files import config as configs
 from nano_adrpo.files import safetensors
 from nano_adrpo.files.adapters import MATRICES, PREFIX, UNSET, Adapter, Config, named_by
@@ -53,7 +54,9 @@ class Adapted(nn.Module):
         if not self.enabled:
             return y
         down, up = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)  # their gradients are float32 again
-        return y + F.linear(F.linear(x, down), up) * self.scale  # in PEFT's order, so that no rounding differs
+        low = F.linear(x, down)  # [..., rank]
+        # One pass over the large y, rounded once; PEFT's two more, for the product and its scale, round three times.
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.T, alpha=self.scale).view_as(y)
 
 
 def linear(weight, bias=None):
@@ -78,7 +81,9 @@ def targeted(model, config):
     head of a decoder, and for a model that has adapters."""
     if named(model, Adapted):
         raise InputError(f"this {type(model).__name__} has adapters already; merge them before others are added")
+    frozen = re.compile(getattr(model, "not_adapted", ""))  # names of layers that stay as they are
     layers = {name: layer for name, layer in named(model, nn.Linear).items() if config.covers(public(name))}
+    layers = {name: layer for name, layer in layers.items() if not frozen.fullmatch(public(name))}
     if not layers:
         raise InputError(f"{type(model).__name__} has no linear layer {meant_by(config.target_modules)}")
     if "lm_head" in map(public, layers):
@@ -110,7 +115,9 @@ def add(model, targets, rank, alpha, generator=None):
     Raises InputError for a model that has adapters, a target that names no linear layer, a rank below 1, an alpha not above 0.
     """
     targets = "all-linear" if list(targets) == ["all-linear"] else targets
-    config = configs.parse(Config, {"r": rank, "lora_alpha": alpha, "target_modules": targets}, "lora.add")
+    values = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
+    values["exclude_modules"] = getattr(model, "not_adapted", None)
+    config = configs.parse(Config, values, "lora.add")
     layers = targeted(model, config)
     for target in () if isinstance(config.target_modules, str) else config.target_modules:
         if not any(named_by(public(name), [target]) for name in layers):
@@ -190,7 +197,7 @@ def load(model, path):
         layers = targeted(model, adapter.config)
     adapter.check({public(name): layer.weight.shape for name, layer in layers.items()}, type(model).__name__)
     if adapter.beside and not next(iter(layers.values())).weight.is_meta:
-        print(f"{adapter.where}: the transformer's adapters are used, those of {', '.join(adapter.beside)} are not")
+        print(f"{adapter.where}: the transformer's adapters are used, those of {shown(', '.join(adapter.beside))} are not")
     model.requires_grad_(False)
     for name, layer in layers.items():
         down, up = adapter.matrices(public(name), layer.weight.device)
@@ -212,33 +219,38 @@ def merge_files(folder, path, out):
     part = folder / "transformer" if (folder / "transformer").is_dir() else folder
     stem = "diffusion_pytorch_model" if any(part.glob("diffusion_pytorch_model*")) else "model"
     base, adapter = safetensors.Checkpoint(part, stem), Adapter(path)
-    weights = {key.removesuffix(".weight"): shape for key, shape in base.shapes.items() if key.endswith(".weight")}
-    layers = {name: shape for name, shape in weights.items() if len(shape) == 2 and adapter.covers(name)}
-    adapter.check(layers, str(part))
-    for key in (f"{name}.weight" for name in layers):
+    weights = {key: shape for key, shape in base.shapes.items() if key.endswith(".weight") and len(shape) == 2}
+    layers = {key: name for key in weights if adapter.covers(name := layer_of(key))}
+    adapter.check({name: weights[key] for key, name in layers.items()}, str(part))
+    for key in layers:
         if base.dtypes[key].itemsize == 1:
             raise InputError(f"{base.where(key)} is stored as {base.dtypes[key]}; expected a wider dtype to merge into")
-    out = files.new_folder(out)
-    inside = out / part.relative_to(folder)
-    if part != folder:
-        files.copy_small(folder, out)
-        for other in sorted(folder.iterdir()):
-            if other.is_dir() and other != part and not other.name.startswith("."):
-                shutil.copytree(other, out / other.name)
-    inside.mkdir(exist_ok=True)
-    files.copy_small(part, inside)
-    homes = {}
-    for file in base.files:  # shard by shard, which bounds memory
-        name = file.name.replace(".fp16", "")
-        tensors = {key: base.stored(key) for key, home in base.home.items() if home == file}
-        for layer in layers.keys() & {key.removesuffix(".weight") for key in tensors}:
-            change = (*adapter.matrices(layer), adapter.config.scale(layer))
-            tensors[f"{layer}.weight"] = merged(tensors[f"{layer}.weight"], *change)
-        safetensors.save(inside / name, tensors)
-        homes |= dict.fromkeys(tensors, name)
-    if len(base.files) > 1:
-        files.write_json(inside / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": homes})
+    with files.new_folder(out) as new:
+        inside = new / part.relative_to(folder)
+        if part != folder:
+            files.copy_small(folder, new)
+            for other in sorted(folder.iterdir()):
+                if other.is_dir() and other != part and not other.name.startswith("."):
+                    shutil.copytree(other, new / other.name)
+        inside.mkdir(exist_ok=True)
+        files.copy_small(part, inside)
+        homes = {}
+        for file in base.files:  # shard by shard, which bounds memory
+            name = file.name.replace(".fp16", "")
+            tensors = {key: base.stored(key) for key, home in base.home.items() if home == file}
+            for key in layers.keys() & tensors.keys():
+                change = (*adapter.matrices(layers[key]), adapter.config.scale(layers[key]))
+                tensors[key] = merged(tensors[key], *change)
+            safetensors.save(inside / name, tensors)
+            homes |= dict.fromkeys(tensors, name)
+        if len(base.files) > 1:
+            files.write_json(inside / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": homes})
     print(f"{out}: {len(layers)} layers of {part} merged with {adapter.where}")
+
+
+def layer_of(key):
+    """The name of a layer in a model, from the key of its weight in a file: Qwen2.5-Omni's files are of a larger model."""
+    return key.removesuffix(".weight").removeprefix("thinker.")
 
 
 def main():

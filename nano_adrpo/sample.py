@@ -1,9 +1,10 @@
-"""Pictures from a flow model, text from a decoder; with or without an adapter.
+"""Pictures from a flow model, text from a decoder, about a sound if it hears; with or without an adapter.
 
     python -m nano_adrpo.sample --model runs/flow/model --prompt "a green seven above a red zero" --count 8 --out three.png
     python -m nano_adrpo.sample --model SD3_FOLDER --adapter runs/sd3/adapter --prompts prompts.txt --out pictures \\
         --steps 28 --guidance 5 --resolution 1024 --device cuda --dtype bfloat16
     python -m nano_adrpo.sample --model QWEN_FOLDER --prompt "What is 12 + 39?" --max-new-tokens 200
+    python -m nano_adrpo.sample --model QWEN_OMNI_FOLDER --audio dog.wav --prompt "What makes this sound?" --temperature 0
 
 --out FILE.png is one grid, a row for each prompt and its samples side by side; any other --out is a folder of single images,
 PROMPT_SAMPLE.png, both counted from 0, which `python -m nano_adrpo.evaluate` can score. Text goes to the console or, with --out
@@ -19,7 +20,10 @@ from nano_adrpo import files, lora
 from nano_adrpo.errors import InputError, Parser, about, run_command
 from nano_adrpo.files import png
 from nano_adrpo.language import chat
-from nano_adrpo.models.decoder import DEFAULTS, Decoder
+from nano_adrpo.language.audio import AudioCodec
+from nano_adrpo.language.rollout import of_rows
+from nano_adrpo.models import omni
+from nano_adrpo.models.decoder import DEFAULTS
 from nano_adrpo.text_to_image import TextToImage, prompts
 from nano_adrpo.training import options
 from nano_adrpo.training import run as training_run
@@ -35,8 +39,10 @@ def parse(argv=None):
     add("--prompt", help="one prompt")
     add(
         "--prompts",
-        help='a file of them: .txt with one a line, or JSON (lines), CSV, TSV with "prompt", of text also "question"',
+        help='a file of them: .txt with one a line, or JSON (lines), CSV, TSV with "prompt", of text also "question"; for '
+        'Qwen2.5-Omni with the path of a sound from there on, "audio"',
     )
+    add("--audio", metavar="FILE.wav", help="the sound that --prompt is about, for Qwen2.5-Omni")
     add("--out", help="of images FILE.png for a grid, else a folder for single ones; of text FILE.jsonl, or the console")
     add = parser.add_argument_group("images").add_argument
     add("--steps", type=positive(int), default=28, help="integration steps from noise to image")
@@ -62,17 +68,39 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if (args.prompt is None) == (args.prompts is None):
         raise InputError("--prompt and --prompts: expected one of them")
+    if args.audio and args.prompts:
+        raise InputError('--audio: expected only with --prompt; a file of prompts has "audio" beside each')
+    if args.audio and model_type(args.model) not in omni.KINDS:
+        raise InputError(f"--audio: expected only with Qwen2.5-Omni's folder as --model, not with {args.model}")
     return args
+
+
+def model_type(path):
+    """What config.json of a model folder calls the model; None where there is no such file."""
+    config = Path(path) / "config.json"
+    return files.read_json(config).get("model_type") if config.is_file() else None
 
 
 def is_decoder(path):
     """Whether a model folder is a decoder language model's; InputError where it is another model's of transformers."""
-    config = Path(path) / "config.json"
-    kind = files.read_json(config).get("model_type") if config.is_file() else None
-    if kind not in (None, *DEFAULTS):
-        known = f"one of {', '.join(DEFAULTS)}, or a folder in diffusers' pipeline layout"
-        raise InputError(f"{config}: 'model_type' is {kind!r}; expected {known}")
+    kind, decoders = model_type(path), (*DEFAULTS, *omni.KINDS)
+    if kind not in (None, *decoders):
+        known = f"one of {', '.join(decoders)}, or a folder in diffusers' pipeline layout"
+        raise InputError(f"{Path(path) / 'config.json'}: 'model_type' is {kind!r}; expected {known}")
     return kind is not None
+
+
+def refuse_idle(args, argv, of_text):
+    """Refuses options that have no effect on what the model makes."""
+    pictures = "--steps", "--shift", "--guidance", "--negative-prompt", "--resolution", "--t5", "--tile", "--base"
+    words = "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--system", "--chat-template", "--thinking", "--stop"
+    options.refuse_idle(
+        argv,
+        (not of_text, "where --model draws images", *pictures, "--lower-case", "--no-lower-case"),
+        (of_text, "where --model writes text", *words),
+        (args.guidance > 1, "with --guidance above 1", "--negative-prompt"),
+        (args.temperature > 0, "with --temperature above 0: the likeliest token is taken", "--top-k", "--top-p"),
+    )
 
 
 def open_model(args, dtype, device):
@@ -87,7 +115,9 @@ def open_model(args, dtype, device):
 def draw_images(args, texts):
     """Yields P · count images [C, H, W] in [−1, 1] as they are drawn, those of one prompt in turn, on the CPU."""
     dtype = options.DTYPES[args.dtype] if args.dtype else None
-    _, shape = open_model(args, dtype, "meta")  # reads headers only: what does not fit is told before the prompts are encoded
+    headers, shape = open_model(args, dtype, "meta")  # what does not fit is told before the prompts are encoded
+    if args.tile and not headers.vae:
+        raise InputError(f"--tile: expected only with a model that has an autoencoder, not with {args.model}")
     condition, negative = prompts.cached(
         None, texts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5, args.lower_case
     )  # the text encoders are gone before the transformer comes
@@ -102,23 +132,26 @@ def draw_images(args, texts):
         print(f"{batch[-1] + 1}/{len(rows)} images", flush=True)
 
 
-def draw_texts(args, texts):
-    """-> completions, `count` for each prompt in turn."""
-    model = Decoder.from_pretrained(args.model, options.DTYPES[args.dtype] if args.dtype else None, args.device)
+def draw_texts(args, texts, sounds):
+    """-> completions, `count` for each prompt in turn. sounds: the path of each prompt's sound, or None."""
+    model = omni.open_language_model(args.model, options.DTYPES[args.dtype] if args.dtype else None, args.device)
+    hears = isinstance(model, omni.Omni)
     if args.adapter:
         lora.load(model, args.adapter)
     with about(f"--model {args.model}"):
-        codec = chat.TextCodec(model, args.system, args.chat_template, args.thinking, args.stop)
+        settings = args.system, args.chat_template, args.thinking, args.stop
+        codec = (AudioCodec if hears else chat.TextCodec)(model, *settings)
     positions = model.config.positions
     new = args.max_new_tokens or min(256, positions // 2)
     if new >= positions:
         raise InputError(f"--max-new-tokens {new}: expected less than the model's {positions} positions")
-    questions = [text for text in texts for _ in range(args.count)]
+    prompts = [each for each in (zip(texts, sounds) if hears else texts) for _ in range(args.count)]
     generator, completions = torch.Generator(args.device).manual_seed(args.seed), []
-    for start in range(0, len(questions), args.batch):
-        ids, mask = codec.encode(questions[start : start + args.batch], positions - new, args.device)
+    for start in range(0, len(prompts), args.batch):
+        some = prompts[start : start + args.batch]
+        ids, mask = codec.encode(some, positions - new, args.device)
         sampling = args.temperature, args.top_k, args.top_p, codec.eos, generator, codec.ended
-        full, kept = model.generate(ids, mask, new, *sampling)
+        full, kept = model.generate(ids, mask, new, *sampling, of_rows(codec.clips(some), range(len(some))))
         completions += codec.decode(full[:, ids.shape[1] :], kept)
     return completions
 
@@ -129,13 +162,23 @@ def write_texts(args, rows, texts):
         raise InputError(f"--out {args.out}: expected FILE.jsonl, or none, since --model writes text")
     if args.out:
         check_new(args.out)
-    completions = draw_texts(args, texts)
+    completions = draw_texts(args, texts, sounds_of(args, rows))
     if args.out:
         found = [{**rows[index // args.count], "completion": text} for index, text in enumerate(completions)]
         files.write_bytes(args.out, "".join(json.dumps(each) + "\n" for each in found).encode())
         return
     for index, text in enumerate(completions):
         print(f"> {texts[index // args.count]}\n{text}\n")
+
+
+def sounds_of(args, rows):
+    """The path of each prompt's sound, or None."""
+    if args.audio:
+        return [args.audio]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("audio"), str | None):
+            raise InputError(f"{args.prompts}, prompt {number}: key 'audio' is {row['audio']!r}; expected the path of a sound")
+    return [str(Path(args.prompts or "").parent / row["audio"]) if row.get("audio") else None for row in rows]
 
 
 def check_new(out):
@@ -148,6 +191,7 @@ def check_new(out):
 def main(argv=None):
     args = parse(argv)
     of_text = is_decoder(args.model)
+    refuse_idle(args, argv, of_text)
     names = ("prompt", "question") if of_text else ("prompt",)
     rows = [{"prompt": args.prompt}] if args.prompts is None else prompts.read_rows(args.prompts, names)
     texts = [row["prompt"] for row in rows]

@@ -13,8 +13,10 @@ def lines(out):
 
 
 def written(out):
-    """{relative path: bytes} of all files of a run but config.json, which repeats the options."""
-    files = (path for path in out.rglob("*") if path.is_file() and path.name != "config.json")
+    """{relative path: bytes} of all files of a run but config.json and checkpoints/, which repeat the options."""
+    files = (
+        path for path in out.rglob("*") if path.is_file() and path.name != "config.json" and path.parts[-3] != "checkpoints"
+    )
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 

@@ -1,13 +1,19 @@
 """compare: means and errors over seeds, the best learning rate, going on, options that the scripts have, a run that fails."""
 
 import json
+import os
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
+from scripts import refused
 
 import train_flow
 import train_grpo
 from nano_adrpo import compare, errors
+from nano_adrpo.training.life import Life
 
 SMALL = {"prompts-per-round": 2, "group-size": 2, "eval-samples": 2, "ode-steps": 2}
 
@@ -61,7 +67,7 @@ def test_every_setting_has_every_rate_and_seed_and_the_best_rate_is_chosen(tmp_p
     ]
     assert len(every.strip().splitlines()) == 2 + 1 + 4
     pictures = {"reward_pixel_diversity.png", "reward_w2.png"}
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "results.json", "table.md"} | pictures
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "results.json", "table.md", ".lock"} | pictures
 
     shutil.rmtree(compare.folder(tmp_path, invented.pop(3)))
     invented.clear()
@@ -70,17 +76,90 @@ def test_every_setting_has_every_rate_and_seed_and_the_best_rate_is_chosen(tmp_p
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
-def test_a_run_is_the_training_script_in_a_process_of_its_own(tmp_path, monkeypatch):
+def test_a_run_is_the_training_script_in_a_process_of_its_own_which_ends_with_the_comparison_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # --out counts from there
-    options = {"method": "raft", "seed": 1, "rounds": 1, **SMALL}
-    compare.train("train_flow", tmp_path.relative_to(tmp_path) / "out", options)
+    (tmp_path / "mine.py").write_text(WAITS.format(str(tmp_path)))
+    options = {"method": "raft", "seed": 1, "rounds": 1, **SMALL, "eval-prompts": 1, "reward": f"{tmp_path}/mine.py:mine"}
+    out = tmp_path.relative_to(tmp_path) / "out"
+    if (comparison := os.fork()) == 0:
+        compare.train("train_flow", out, options)
+    until(lambda: (tmp_path / "waits").exists())  # in round 1, behind the two calls of the first evaluation
+    child = int((tmp_path / "waits").read_text())
+    os.kill(comparison, signal.SIGKILL)
+    os.waitpid(comparison, 0)
+    until(lambda: not runs(child))
+    compare.train("train_flow", out, options)
     folder = (
         tmp_path / "out" / "runs" / "method=raft_seed=1_rounds=1_prompts-per-round=2_group-size=2_eval-samples=2_ode-steps=2"
+        "_eval-prompts=1_reward=mine.py.mine"
     )
     config = json.loads((folder / "config.json").read_text())
-    assert all(config[name.replace("-", "_")] == value for name, value in options.items())
+    assert all(config[name.replace("-", "_")] in (value, [value]) for name, value in options.items())
     assert [evaluation["round"] for evaluation in compare.read(tmp_path / "out", options)] == [0, 1]
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert (tmp_path / "calls").stat().st_size == 3 + 3  # round 1 alone was done again, with its evaluation
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name] and not (folder / "checkpoints").exists()
+
+
+def until(true):
+    """Waits for it, at most a minute."""
+    for _ in range(1200):
+        if true():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def runs(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+WAITS = """import os, pathlib, time
+
+def mine(images, prompts):
+    here = pathlib.Path({!r})
+    with open(here / "calls", "a") as file:
+        file.write(".")
+    if os.path.getsize(here / "calls") == 3:
+        (here / "new").write_text(str(os.getpid()))
+        (here / "new").rename(here / "waits")
+        time.sleep(600)
+    return images.mean(dim=(1, 2, 3))
+"""
+
+
+def test_what_a_run_left_is_checked(tmp_path):
+    options = {"method": "raft", "rounds": 2}
+    folder = compare.folder(tmp_path, options)
+    assert compare.read(tmp_path, options) is None
+    folder.mkdir(parents=True)
+    for content, message in (
+        (None, "metrics.jsonl: no such file"),
+        ('{"round": 0, "eval": {"w2": 0}}\n{"round": 2, "ev', "metrics.jsonl, line 2: not valid JSON"),
+        (
+            '{"round": 0, "eval": {"w2": 0}}\n{"round": 1}\n',
+            "metrics.jsonl: is not that of a whole run; expected the evaluation of",
+        ),
+        ('{"eval": {"w2": 0}}\n', "metrics.jsonl, line 1: expected a round and, of an evaluation, numbers"),
+        ('{"round": 2, "eval": {"w2": "low"}}\n', "metrics.jsonl, line 1: expected a round and, of an evaluation, numbers"),
+        ("", "metrics.jsonl: is not that of a whole run; expected the evaluation of round 2"),
+    ):
+        if content is not None:
+            (folder / "metrics.jsonl").write_text(content)
+        with pytest.raises(errors.InputError) as error:
+            compare.read(tmp_path, options)
+        assert str(error.value).startswith(str(folder)) and message in str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_to_or_has_a_comparison_is_refused_before_work(tmp_path, invented, capsys):
+    (tmp_path / "file").touch()
+    with Life() as life:
+        life.lock(tmp_path, ".lock")
+        for out, message in ((tmp_path / "file", "cannot write there"), (tmp_path, "another run has it")):
+            line = refused(capsys, lambda: compare.main(["flow", "--out", str(out)]))
+            assert f"--out {out}: {message}" in line and not invented
 
 
 def test_a_failing_run_stops_the_comparison(tmp_path, monkeypatch, capsys):

@@ -27,8 +27,8 @@ FLOORS = (
     ("models",),
     ("rewards", "language", "text_to_image"),
     ("evaluation", "training"),
-    ("demo",),
-    ("sample", "evaluate", "compare", "train_flow", "train_grpo"),
+    ("demo", "when"),
+    ("sample", "evaluate", "evaluate_mmau", "compare", "train_flow", "train_grpo"),
 )
 # The one exception: a decoder has `generate` for a method. The sampler knows no model.
 EXCEPTIONS = {("nano_adrpo/models/decoder.py", "nano_adrpo.language.sampling")}
@@ -157,9 +157,8 @@ def wheel(tmp_path_factory):
 
 
 def test_the_wheel_has_every_file_and_runs_outside_the_checkout(wheel, tmp_path):
-    data = {
-        path for path in (ROOT / "nano_adrpo" / "demo").rglob("*") if path.suffix in (".safetensors", ".json", ".jsonl", ".txt")
-    }
+    kinds = (".safetensors", ".json", ".jsonl", ".txt", ".jinja")
+    data = {path for path in (ROOT / "nano_adrpo" / "demo").rglob("*") if path.suffix in kinds}
     for file in {*SOURCES, *SCRIPTS, *(path for path in data if "results" not in path.parts)}:
         assert (wheel / file.relative_to(ROOT)).read_bytes() == file.read_bytes(), file
     environment = {"PYTHONPATH": str(wheel), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}

@@ -4,14 +4,18 @@ import json
 
 import pytest
 import tiny
+import tiny_omni
 import tiny_sd3
 import torch
 
 from nano_adrpo import errors, lora, sample
 from nano_adrpo.demo import HERE
 from nano_adrpo.files import png
+from nano_adrpo.files.wav import write_wav
+from nano_adrpo.language.audio import AudioCodec
 from nano_adrpo.language.chat import TextCodec
 from nano_adrpo.models.decoder import Decoder
+from nano_adrpo.models.omni import Omni
 from nano_adrpo.text_to_image import TextToImage
 from nano_adrpo.text_to_image.sd3 import PromptEncoder
 
@@ -169,6 +173,32 @@ def test_every_option_of_sampling_counts(capsys, tmp_path):
     assert len(set(printed("--top-k", 1).split("> 12+39=\n")[1:])) == 1
 
 
+def test_an_answer_to_a_question_about_a_sound(tmp_path, capsys):
+    folder = tiny_omni.folder(tmp_path / "omni")
+    for name, seconds in (("a", 0.2), ("b", 2)):
+        write_wav(tmp_path / f"{name}.wav", tiny_omni.clip(seconds))
+    model = Omni.from_pretrained(folder)
+    codec, texts, generator = AudioCodec(model), [], torch.Generator().manual_seed(0)
+    for sound in (tmp_path / "a.wav", tmp_path / "b.wav", None):
+        ids, mask = codec.encode([("What?", sound)], 500)
+        clips = [clip for row in codec.clips([("What?", sound)]) for clip in row]
+        full, kept = model.generate(ids, mask, 8, eos=codec.eos, generator=generator, clips=clips)
+        texts += codec.decode(full[:, ids.shape[1] :], kept)
+    assert len(set(texts)) == 3
+    options = ["--model", folder, "--max-new-tokens", 8, "--batch", 1]
+    for sound, heard in (("a", True), ("b", False)):
+        run(*options, "--prompt", "What?", "--audio", tmp_path / f"{sound}.wav")
+        assert (capsys.readouterr().out == f"> What?\n{texts[0]}\n\n") == heard
+    lines = [{"question": "What?", "audio": "a.wav"}, {"question": "What?", "audio": "b.wav"}, {"question": "What?"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(*options, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in rows] == texts and rows[1]["audio"] == "b.wav"
+    (tmp_path / "p.jsonl").write_text('{"question": "What?", "audio": 3}\n')
+    with pytest.raises(ValueError, match="p.jsonl, prompt 1: key 'audio' is 3; expected the path of a sound"):
+        run(*options, "--prompts", tmp_path / "p.jsonl")
+
+
 REFUSED = (
     (["--model", BASE, "--out", "x"], "--prompt and --prompts: expected one of them"),
     (["--model", BASE, "--prompt", "a", "--prompts", "b", "--out", "x"], "--prompt and --prompts: expected one of them"),
@@ -185,6 +215,8 @@ REFUSED = (
         "argument --seed: 18446744073709551616 is not a",
     ),
     (["--model", BASE, "--prompt", "a", "--out", f"{__file__}/x.png"], "x.png: cannot write there (File exists)"),
+    (["--model", ADDER, "--prompt", "a", "--audio", "x.wav"], "--audio: expected only with Qwen2.5-Omni's folder as --model"),
+    (["--model", ADDER, "--prompts", "a", "--audio", "x.wav"], "--audio: expected only with --prompt; a file of prompts has"),
     (["--model", ADDER, "--prompt", "a", "--out", "x"], "--out x: expected FILE.jsonl, or none, since --model writes text"),
     (
         ["--model", ADDER, "--prompt", "a", "--max-new-tokens", 64],

@@ -24,7 +24,7 @@ few = flow_runs.few
 
 def test_three_rounds_write_everything(tmp_path):
     values = train(tmp_path / "run")
-    names = {"config.json", "metrics.jsonl", "model", "before_after.png", "evolution.png", "curves.png"}
+    names = {"config.json", "metrics.jsonl", "checkpoints", "model", "before_after.png", "evolution.png", "curves.png"}
     assert {p.name for p in (tmp_path / "run").iterdir()} == names
     rows = lines(tmp_path / "run")
     assert [row["round"] for row in rows] == [0, 1, 2, 3] and [("eval" in row) for row in rows] == [True, False, True, True]
@@ -96,7 +96,8 @@ def test_the_split_into_micro_batches_changes_no_gradient(few, monkeypatch, meth
 def test_coefficients_are_the_table():
     rewards = torch.tensor([0.0, 2.0, 10.0, 4.0])
     A = torch.tensor([-4.0, -2.0, 6.0, 0.0])
-    args = train_flow.parse([*SMALL, "--beta0", "3", "--a-min", "-2", "--a-max", "2", "--tau", "0.5"])
+    args = train_flow.parse([*SMALL, "--beta0", "3", "--a-min", "-2", "--a-max", "2"])
+    args.tau = 0.5
     numbers = {
         name: [torch.as_tensor(c).expand(4).tolist() for c in coefficients(rewards, A, args)]
         for name, coefficients in train_flow.METHODS.items()
@@ -114,12 +115,12 @@ def test_dpo_compares_the_best_with_the_worst_of_each_group(few, monkeypatch):
     kept, best_and_worst = [], train_flow.best_and_worst
     monkeypatch.setattr(train_flow, "best_and_worst", lambda *args: kept.append((args, best_and_worst(*args))) or kept[-1][1])
     few("run", "--method", "dpo", "--prompts-per-round", 4, "--group-size", 4, "--inner-steps", 1, "--no-eval-first")
-    ((_, R, x1, rows), (pairs, prompts)), ((v, u, _, winner, loser, beta, count),) = kept[0], seen
+    ((_, R, x1, told), (pairs, kept_told)), ((v, u, _, winner, loser, beta, count),) = kept[0], seen
     for group in range(4):
         rewards = R[4 * group : 4 * group + 4].tolist()
         for place, chosen in ((0, max(rewards)), (1, min(rewards))):
             assert torch.equal(pairs[2 * group + place], x1[4 * group + rewards.index(chosen)])
-            assert prompts[2 * group + place] == rows[4 * group]
+            assert torch.equal(kept_told.context[2 * group + place], told.context[4 * group])
     assert (beta, count, len(v)) == (50, 4, 8)
     torch.testing.assert_close(pairs[winner] - u[winner], pairs[loser] - u[loser])  # x0 = x1 − u, shared by a pair
 
@@ -180,7 +181,7 @@ def test_without_matplotlib_a_run_says_what_it_left_out(few, monkeypatch, capsys
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest))
     out = few("run")
-    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "model"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "model"}
     printed = capsys.readouterr().out
     for name in ("before_after.png", "evolution.png", "curves.png"):
         assert f"{out / name}: left out, matplotlib is not installed" in printed

@@ -69,6 +69,7 @@ EFFECTS = {
 ELSEWHERE = {
     "--rollout-batch", "--micro-batch", "--gradient-checkpointing", "--compile", "--model", "--base", "--t5", "--prompts",
     "--held-out", "--lower-case", "--embeddings", "--config", "--out", "--device", "--adapter",
+    "--resume", "--checkpoint-every", "--keep-every", "--patience-nonfinite",  # in test_resume.py
 }  # fmt: skip
 
 
@@ -225,17 +226,20 @@ def third(images, prompts):
 
 
 def test_what_fails_in_a_round_names_it_and_the_last_checkpoint(capsys, tmp_path, few, monkeypatch):
+    def last(run, round):
+        return tmp_path / run / "checkpoints" / f"step-{round}"
+
     mine = tmp_path / "mine.py"
     options = ["--reward", f"{mine}:third", "--rounds", 3, "--eval-every", 1]  # calls: evaluation, round 1, its evaluation
     mine.write_text(REWARD.format("float('nan')"))
     line = scripts.refused(capsys, lambda: few("a", *options))
-    assert "round 1: a reward of the prompt 'a " in line and "is not finite (third); last good checkpoint: none yet" in line
+    assert "round 1: a reward of the prompt 'a " in line and f"is not finite (third); last checkpoint: {last('a', 0)}" in line
     mine.write_text(REWARD.format("'high'"))
     assert "third gave list; expected [4] numbers, one a sample" in scripts.refused(capsys, lambda: few("b", *options))
     mine.write_text(REWARD.format("calls[3]"))  # a bug in the user's code: the traceback stays, and a note says where
     with pytest.raises(IndexError) as bug:
         few("c", *options)
-    assert bug.value.__notes__ == ["In round 1; last good checkpoint: none yet"]
+    assert bug.value.__notes__ == [f"In round 1; last checkpoint: {last('c', 0)}"]
     assert bug.traceback[-1].path == mine
     loss = train_flow.adrpo.flow_loss
     monkeypatch.setattr(train_flow.adrpo, "flow_loss", lambda *args: loss(*args) * (float("nan") if saved() else 1))
@@ -243,8 +247,8 @@ def test_what_fails_in_a_round_names_it_and_the_last_checkpoint(capsys, tmp_path
     def saved():
         return (tmp_path / "d" / "model").exists()
 
-    line = scripts.refused(capsys, lambda: few("d", "--rounds", 3, "--eval-every", 1))
-    assert "round 2: loss nan" in line and f"last good checkpoint: {tmp_path / 'd' / 'model'} (round 1)" in line
+    line = scripts.refused(capsys, lambda: few("d", "--rounds", 3, "--eval-every", 1, "--patience-nonfinite", 1))
+    assert "round 2: loss nan" in line and f"last checkpoint: {last('d', 1)}" in line
     TextToImage.from_pretrained(tmp_path / "d" / "model", base=demo.FLOW["model"])
 
 

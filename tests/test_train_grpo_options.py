@@ -67,10 +67,13 @@ EFFECTS = {
     "--eval-top-k": (1, ()),
     "--eval-top-p": (0.2, ()),
 }
-# Options that change how, not what, is computed, or where from or to: each has a test of its own in this file.
+# Options that change how, not what, is computed, or where from or to: each has a test of its own in this file, and those of
+# sounds in test_train_grpo_audio.py.
 ELSEWHERE = {
     "--micro-batch", "--gradient-checkpointing", "--model", "--problems", "--held-out", "--max-prompt-tokens", "--eval-batch",
-    "--config", "--out", "--device", "--adapter", "--system", "--chat-template", "--thinking", "--few-shot",
+    "--config", "--out", "--device", "--adapter", "--demo", "--system", "--chat-template", "--thinking", "--few-shot",
+    "--compile", "--task", "--prompt-form", "--audio-folder", "--embeddings",
+    "--resume", "--checkpoint-every", "--keep-every", "--patience-nonfinite",  # in test_resume.py
 }  # fmt: skip
 
 
@@ -114,6 +117,13 @@ def test_batches_and_memory_savers_are_used_and_change_nothing(few, monkeypatch)
     counts["generate"].clear()
     few("batched", "--eval-batch", 3)
     assert counts["generate"] == [3, 3, 2, 8, 3, 3, 2]
+
+
+def test_compiled_steps_sample_the_same(few, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda run, **how: compiled.append(how["mode"]) or run)
+    assert written(few("eager"))["metrics.jsonl"] == written(few("compiled", "--compile"))["metrics.jsonl"]
+    assert compiled == ["reduce-overhead"] * 3  # an evaluation, the round, an evaluation
 
 
 def test_a_run_goes_on_from_an_adapter_and_has_it_for_its_reference(few):
@@ -375,16 +385,19 @@ def third(prompts, completions):
 
 
 def test_what_fails_in_a_round_names_it_and_the_last_checkpoint(capsys, tmp_path, few, monkeypatch):
+    def last(run, round):
+        return tmp_path / run / "checkpoints" / f"step-{round}"
+
     mine = tmp_path / "mine.py"
     options = ["--reward", f"{mine}:third", "--rounds", 3, "--eval-every", 1]  # calls: evaluation, round 1, its evaluation
     mine.write_text(REWARD.format("float('nan')"))
     line = scripts.refused(capsys, lambda: few("a", *options))
     assert "round 2: a reward of the prompt '" in line and "is not finite (third)" in line
-    assert f"last good checkpoint: {tmp_path / 'a' / 'model'} (round 1)" in line
+    assert f"last checkpoint: {last('a', 1)}" in line
     mine.write_text(REWARD.format("calls[9]"))  # a bug in the user's code: the traceback stays, and a note says where
     with pytest.raises(IndexError) as bug:
         few("b", *options)
-    assert bug.value.__notes__ == [f"In round 2; last good checkpoint: {tmp_path / 'b' / 'model'} (round 1)"]
+    assert bug.value.__notes__ == [f"In round 2; last checkpoint: {last('b', 1)}"]
     mine.write_text(REWARD.format("exit(0)"))  # not the end of a run that went well
     with pytest.raises(RuntimeError, match=r"mine.py:third called sys.exit\(0\)"):
         few("d", *options)
@@ -394,8 +407,8 @@ def test_what_fails_in_a_round_names_it_and_the_last_checkpoint(capsys, tmp_path
         return loss(*args) * (float("nan") if (tmp_path / "c" / "model").exists() else 1)
 
     monkeypatch.setattr(train_grpo.adrpo, "policy_loss", poisoned)
-    line = scripts.refused(capsys, lambda: few("c", "--rounds", 3, "--eval-every", 1))
-    assert "round 2: loss nan" in line and f"last good checkpoint: {tmp_path / 'c' / 'model'} (round 1)" in line
+    line = scripts.refused(capsys, lambda: few("c", "--rounds", 3, "--eval-every", 1, "--patience-nonfinite", 1))
+    assert "round 2: loss nan" in line and f"last checkpoint: {last('c', 1)}" in line
     saved = Decoder.from_pretrained(tmp_path / "c" / "model").state_dict()
     assert all(tensor.isfinite().all() for tensor in saved.values())
 

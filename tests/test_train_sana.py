@@ -80,7 +80,7 @@ def test_all_weights(train, sana):
 
 def test_the_negative_prompt_and_lower_case_do_something(train):
     runs = (("plain", []), ("negative", ["--negative-prompt", "ugly"]), ("case", ["--no-lower-case"]))
-    written = [scripts.written(train(name, "--rounds", 0, "--eval-first", *more)[0]) for name, more in runs]
+    written = [scripts.written(train(name, "--eval-first", "--rounds", 1, *more)[0]) for name, more in runs]
     assert len({run["metrics.jsonl"] for run in written}) == 3
 
 

@@ -21,7 +21,7 @@ from nano_adrpo.text_to_image import sd3 as release
 ROOT = Path(train_flow.__file__).parent
 SMALL = (
     "--rounds 2 --prompts-per-round 2 --group-size 2 --inner-steps 1 --ode-steps 2 --guidance 3 --resolution 16 --eval-every 2 "
-    "--eval-samples 2 --beta-unit reward --beta0 1 --lr-schedule constant"
+    "--eval-samples 2 --beta-unit reward --lr-schedule constant"
 ).split()
 
 

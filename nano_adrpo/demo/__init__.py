@@ -25,3 +25,19 @@ DECEPTIVE = {  # the same additions, in which a guess pays a little
     "model": str(HERE / "arithmetic_deceptive"),
     "reward": [f"{HERE / 'arithmetic.py'}:deceptive"],
 }
+AUDIO = {  # questions about synthesised sounds, see sounds.py
+    "problems": str(HERE / "sounds_data" / "train.jsonl"),
+    "held_out": str(HERE / "sounds_data" / "held_out.jsonl"),
+    "judge": f"{HERE / 'sounds.py'}:judge",
+    "options": {  # what train_grpo.py has by default with --demo audio
+        "task": "audio",
+        "model": str(HERE / "sounds_base"),
+        "prompt_form": "think",
+        "max_new_tokens": 24,
+        "group_size": 8,
+        "rounds": 40,
+        "lr": 8e-4,
+        "eval_every": 20,
+        "eval_samples": 4,
+    },
+}

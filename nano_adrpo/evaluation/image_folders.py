@@ -78,7 +78,7 @@ def number_of(prompt, prompts, where):
     """The number of a prompt that is given as its text or as this number."""
     if prompt in prompts:
         return prompts.index(prompt)
-    if re.fullmatch("[0-9]+", prompt) and int(prompt) < len(prompts):
+    if re.fullmatch("[0-9]{1,9}", prompt) and int(prompt) < len(prompts):
         return int(prompt)
     raise InputError(f"{where}: no prompt {prompt[:60]!r}; expected one of --prompts, or a number from 0 to {len(prompts) - 1}")
 

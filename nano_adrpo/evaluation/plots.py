@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
+from nano_adrpo import files
+from nano_adrpo.errors import shown
+
 NAMES = {"w2": "W2", "kl_k1": "KL k1", "kl_k3": "KL k3"}  # others are called as in metrics.jsonl
 MEANING = {  # what an axis says of a metric beside its name
     "reward": "higher is better",
@@ -25,7 +28,7 @@ MEANING = {  # what an axis says of a metric beside its name
     **dict.fromkeys([f"joint/{kind}" for kind in ("colouring", "binding", "position", "unnamed")], "higher is better"),
     "frechet": "distance to real images, lower is nearer",
     "out_of_range": "share of pixels, lower is better",
-    "style_entropy": "nats, higher is more diverse",
+    **dict.fromkeys(["style_entropy", "way_entropy"], "nats, higher is more diverse"),
 }
 
 
@@ -61,11 +64,13 @@ def grids(file, panels, labels, right=None, note=""):
         height, width = grid.shape[-2:]
         grid = grid.permute(0, 3, 1, 4, 2).reshape(len(labels) * height, -1, grid.shape[2])  # [P·H, G·W, C]
         axis.imshow(grid.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axis.set_title(textwrap.fill(title, max(15, int(12 * samples * cell))), fontsize=10)  # a letter takes 1/12 inch
+        letters = max(15, int(12 * samples * cell))  # a letter takes 1/12 inch
+        axis.set_title(textwrap.fill(shown(title, 200), letters), fontsize=10, parse_math=False)
         axis.set_xticks([])
         axis.set_yticks(
             [height * (row + 0.5) for row in range(len(labels))] if column == 0 else [],
-            [textwrap.fill(label, 36) for label in labels] if column == 0 else [],
+            [textwrap.fill(shown(label, 200), 36) for label in labels] if column == 0 else [],
+            parse_math=False,  # a prompt with two dollars is no formula
         )
         for index, good in enumerate(right.get(title, [])):
             row, sample = divmod(index, samples)
@@ -196,5 +201,5 @@ def label(metric):
 
 
 def save(plt, figure, file):
-    figure.savefig(file, dpi=100, bbox_inches="tight")
+    files.replace(file, lambda temporary: figure.savefig(temporary, dpi=100, bbox_inches="tight"))
     plt.close(figure)

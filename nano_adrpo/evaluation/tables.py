@@ -8,6 +8,7 @@ A row is a dict of one setting, such as a method at one strength:
 
 import math
 
+from nano_adrpo.files.config import Number, fits
 from nano_adrpo.metrics import mean_and_standard_error
 
 
@@ -33,6 +34,11 @@ def summary(runs):
     return values
 
 
+def is_number(value):
+    """Whether a value of a file is a number, NaN among them, which stands for one that is not known."""
+    return fits(value, Number) or value != value
+
+
 def as_json(rows):
     """The rows with null for an error that is not a number, which JSON does not have."""
 
@@ -46,13 +52,19 @@ def table(rows, start=None):
     """Markdown, a line per row. start: the name of an extra first line, the values before training; None: none."""
     metrics, rates = list(rows[0]["final"]), rows[0]["lr"] is not None
     names = ["setting", "lr", *metrics] if rates else ["setting", *metrics]
-    lines = [names, ["---"] * len(names)]
+    lines = []
     if start:
         lines.append([start, *(["–"] if rates else []), *(f"{rows[0]['path'][0][metric]:.3g}" for metric in metrics)])
     for row in rows:
         cells = [cell(*row["final"].get(metric, (math.nan, math.nan))) for metric in metrics]
         lines.append([row["setting"], *([f"{row['lr']:g}"] if rates else []), *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(names, lines)
+
+
+def markdown(names, lines):
+    """A table of texts: the names of its columns, and its lines."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in [names, ["---"] * len(names), *lines]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
 def cell(mean, error):

@@ -7,7 +7,7 @@ import torch
 from nano_adrpo import metrics
 from nano_adrpo.adrpo import kl_divergence
 from nano_adrpo.language.rollout import roll_out, score_all
-from nano_adrpo.rewards.text import exact
+from nano_adrpo.rewards.text import right
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def evaluate(
     reference           `with reference() as frozen:` gives the model that the KL is measured from; None: no KL
     batch, score_batch  completions sampled, and scored, at a time
     score_temperature   the temperature of the log-probabilities and entropies
-    sampling            temperature, top_k, top_p of Decoder.generate
+    sampling            temperature, top_k, top_p, steps of Decoder.generate
 
     -> {metric: number}, {metric: standard error over the problems}, and the completions, those of one problem contiguous.
     reward and its terms; pass@1, pass@8 (of 8 samples or more) where every problem has an answer; entropy and kl_k1, kl_k3 in
@@ -38,17 +38,17 @@ def evaluate(
         some = asked[start : start + batch]
         with autocast():
             rollout = roll_out(model, codec, some, max_new_tokens, longest, generator, **sampling)
-            logp, entropy = score_all(model, rollout, score_batch, score_temperature)
+            logp, entropy = score_all(model, rollout, score_batch, score_temperature, entropy=True)
             of_tokens = {"entropy": entropy}
             if reference and from_policy:
                 with reference() as frozen:
-                    ref_logp, _ = score_all(frozen, rollout, score_batch, score_temperature)
+                    ref_logp = score_all(frozen, rollout, score_batch, score_temperature)
                 of_tokens |= {f"kl_{kind}": kl_divergence(logp, ref_logp, kind) for kind in ("k1", "k3")}
         texts += rollout.texts
         rewards.append(reward(rollout.texts, some))
         lengths.append(rollout.mask.sum(dim=1).cpu())
         scores.append({name: value[rollout.mask.bool()] for name, value in of_tokens.items()})
-    correct, lengths = exact(texts, asked), torch.cat(lengths).double()
+    correct, lengths = right(texts, asked), torch.cat(lengths).double()
     # What each metric is the mean of: numbers, and how many of them each problem has.
     ones, alike = [1] * len(problems), [samples] * len(problems)
     tokens = lengths.reshape(-1, samples).sum(dim=1).int().tolist()

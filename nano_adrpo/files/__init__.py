@@ -1,11 +1,13 @@
 """Files: read with errors that name them, written whole or not at all."""
 
+import contextlib
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 
-from nano_adrpo.errors import InputError, MissingFile
+from nano_adrpo.errors import InputError, MissingFile, NotWritten
 
 
 def read_text(file):
@@ -35,6 +37,9 @@ def read_json_lines(file):
             yield number, parse_json(line, f"{file}, line {number}")
 
 
+DEEPEST = 64  # lists and objects within each other: Python's own copies and encoders end at a few hundred
+
+
 def parse_json(text, where, kind=dict):
     """The object in a JSON text, a dict, or with kind=list the list. `where` names the text in the message of an InputError."""
     try:
@@ -44,7 +49,30 @@ def parse_json(text, where, kind=dict):
         raise InputError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, kind):
         raise InputError(f"{where}: expected a JSON {'object' if kind is dict else 'list'}")
+    inside = [value]
+    for _ in range(DEEPEST):
+        found = (each.values() if isinstance(each, dict) else each for each in inside)
+        inside = [each for some in found for each in some if isinstance(each, dict | list)]
+    if inside:
+        raise InputError(f"{where}: not valid JSON (more than {DEEPEST} lists and objects within each other)")
     return value
+
+
+def read_index(file):
+    """The files that an index lists, {key: name}: {"weight_map": {…}} with plain names, which lie beside the index."""
+    listed = read_json(file).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise InputError(f"{file}: expected a 'weight_map' from keys to shard files")
+    for name in set(listed.values()):
+        plain_name(name, file)
+    return listed
+
+
+def plain_name(name, where):
+    """-> name, which a file `where` gives. Refuses all but the plain name of a file: no folders, nothing outside."""
+    if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"} or len(name.encode()) > 255:
+        raise InputError(f"{where}: {name!r}: expected the plain name of a file beside it")
+    return name
 
 
 def write_json(file, value):
@@ -57,13 +85,22 @@ def write_bytes(file, content):
     replace(file, lambda temporary: temporary.write_bytes(content))
 
 
-def new_folder(path):
-    """Creates the folder where it is missing; -> its Path. Refuses one with files in it: nothing is written over."""
+def refuse_used(path):
+    """Refuses a file, and a folder with files in it: nothing is written over."""
     path = Path(path)
-    if path.is_file() or path.is_dir() and any(path.iterdir()):
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path}: exists; expected a new or empty folder, since nothing is overwritten")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """The path of a new folder, which becomes `path` at the end (see `beside`). Refuses a `path` with files in it."""
+    refuse_used(path)
+    path = Path(path).resolve()  # of a link to an empty folder, that folder
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with beside(path) as folder:
+        folder.mkdir()
+        yield folder
 
 
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|ot|npz)|.*\.index(\.\w+)?\.json|\..*|.*\.py")
@@ -78,17 +115,29 @@ def copy_small(folder, out):
 
 
 def replace(file, write):
-    """Calls `write` with the path of a new file beside `file`, flushes that to the disk and renames it over `file`: at every
-    instant one whole version exists."""
-    file = Path(file)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # another run may write the same file, such as embeddings
+    """Calls `write` with the path of a new file, flushes that to the disk and renames it over `file`. Raises NotWritten, with
+    the file as it was."""
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives a new file; safetensors would make it private
-        write(temporary)
-        temporary.chmod(mode)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with beside(file) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the user's umask gives a new file; safetensors would make it private
+            write(temporary)
+            temporary.chmod(mode)
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+    except OSError as error:
+        raise NotWritten(f"{file}: cannot be written ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def beside(path):
+    """A path for a new file or folder that is renamed to `path` at the end, if nothing failed: at every instant one whole
+    version of it exists, or none.
+
+    The new one grows in a folder beside `path`, which has a name that nobody can guess and is open to its owner alone, so that
+    no link can be put in its way."""
+    path = Path(path)
+    hidden = {"prefix": f".{path.name[:40]}.", "suffix": ".tmp", "dir": path.parent}
+    with tempfile.TemporaryDirectory(**hidden, ignore_cleanup_errors=True) as folder:
+        yield Path(folder) / path.name
+        os.replace(Path(folder) / path.name, path)

@@ -14,11 +14,14 @@ import torch
 from nano_adrpo import files
 from nano_adrpo.errors import InputError, MissingFile
 from nano_adrpo.files import config as configs
-from nano_adrpo.files import safetensors
+from nano_adrpo.files import patterns, safetensors
 from nano_adrpo.files.config import Index
 
 PREFIX = "base_model.model."  # PEFT wraps a model in two more, and its files' keys say so
 PIPELINE = "transformer."  # in a file of diffusers' pipelines, beside which text encoders' adapters may lie
+# Of Qwen2.5-Omni: "model." in transformers' classes, and the parts beside the text model, which have no adapters here.
+OMNI = r"(thinker\.model\.language_model|model\.language_model|thinker\.model)\."
+NOT_TEXT = r"(.*\.)?(audio_tower|visual|talker|token2wav)\..*"
 MATRICES = ("lora_A", "lora_B")
 OLDER = {".lora.down.weight": ".lora_A.weight", ".lora.up.weight": ".lora_B.weight"}  # as diffusers called them before PEFT
 
@@ -65,10 +68,7 @@ class Config:
                     raise InputError(f"key '{name}' is {value!r} for {key!r}; expected {configs.describe(kind)}")
         whole = [names for names in (self.target_modules, self.exclude_modules) if isinstance(names, str)]
         for pattern in [*whole, *(self.rank_pattern or {}), *(self.alpha_pattern or {}), *listed(self.layers_pattern)]:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(f"{pattern!r} is not a regular expression ({error})") from None
+            patterns.match(pattern, "")  # says where it is none
         if isinstance(self.target_modules, str) and (listed(self.layers_to_transform) or self.layers_pattern):
             raise InputError("keys 'layers_to_transform' and 'layers_pattern': expected only with a list of target_modules")
 
@@ -81,9 +81,9 @@ class Config:
             return name not in HEADS
         if isinstance(targets, str) or name in targets or not blocks:
             return named_by(name, targets)
-        patterns = [rf"(?:^|.*?\.){pattern}" for pattern in listed(self.layers_pattern)] or [r".*?\.[^.]*"]
-        found = (re.match(rf"{pattern}\.(?P<number>\d+)\.", name) for pattern in patterns)
-        number = next((int(match["number"]) for match in found if match), None)
+        lists = [(pattern, r"(?:^|.*?\.){}") for pattern in listed(self.layers_pattern)] or [(r"[^.]*", r".*?\.{}")]
+        found = (patterns.match(pattern, name, rf"{form}\.(?P<number>\d{{{{1,9}}}})\.") for pattern, form in lists)
+        number = next((int(groups["number"]) for groups in found if groups), None)
         return named_by(name, targets) and number in blocks
 
     def rank(self, name):
@@ -106,13 +106,15 @@ def listed(value):
 def named_by(name, names):
     """Whether a regular expression matches the whole name, or the name is one of several or ends in one."""
     if isinstance(names, str):
-        return bool(re.fullmatch(names, name))
+        return patterns.match(names, name, whole=True) is not None
     return any(f".{name}".endswith(f".{end}") for end in names)
 
 
 def of_pattern(name, pattern):
     """The value of the first regular expression that matches the end of the name, from a dot or the start on; or None."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), None)
+    return next(
+        (value for key, value in (pattern or {}).items() if patterns.match(key, name, r"(.*\.)?({})$") is not None), None
+    )
 
 
 def find(path):
@@ -176,6 +178,18 @@ class Adapter:
         values = files.read_json(config) if config else self.header()
         configs.only(values, IMPLEMENTED, self.where, ("peft_type",))
         self.config = configs.parse(Config, values, self.where)
+        if any(re.match(OMNI, name) for name in self.names):
+            self.rename()
+
+    def rename(self):
+        """Gives the layers of Qwen2.5-Omni's text model the names that they have here. The config lists them by the ends that
+        they have in every class."""
+        names, old = {name: re.sub(f"^{OMNI}", "model.", name) for name in self.names}, self.config
+        self.keys = {(names[name], matrix): key for (name, matrix), key in self.keys.items()}
+        ends, self.names = {name: new.removeprefix("model.") for name, new in names.items()}, list(names.values())
+        ranks = {re.escape(end): old.rank(name) for name, end in ends.items() if old.rank(name) != old.r}
+        alphas = {re.escape(end): value for name, end in ends.items() if (value := of_pattern(name, old.alpha_pattern))}
+        self.config = Config(old.r, old.lora_alpha, tuple(ends.values()), old.use_rslora, ranks, alphas, NOT_TEXT)
 
     def header(self):
         """The config that diffusers writes into the file's header. Older versions write none: alpha is then the rank."""

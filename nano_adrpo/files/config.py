@@ -10,6 +10,9 @@
         layers: tuple[Index, ...] = ()                    # a list; an Index is a whole number from 0 up
         text_config: TextConfig = field(default_factory=TextConfig)    # an object with a dataclass of its own
 
+Whole numbers are below 2^31 and the others are what float32 can hold, as models count in the one and compute in the other. A
+list has at most 10,000 entries.
+
 Keys without a field belong to other programs, except those that would make the model compute something else: `only` checks
 these against a table of the values that are implemented.
 """
@@ -20,11 +23,15 @@ import types
 import typing
 from typing import Any, Literal, NewType
 
+import torch
+
 from nano_adrpo.errors import InputError, about
 from nano_adrpo.files import read_json
 
 Index = NewType("Index", int)
 Number = NewType("Number", float)
+MOST, LONGEST = 2**31, 10_000  # of a whole number, of a list
+SMALLEST, LARGEST = (float(value) for value in (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max))
 
 
 def read(cls, file, allowed=None, needed=()):
@@ -43,7 +50,7 @@ def parse(cls, values, where):
             chosen[name] = parse(kind, section(values, name, where), where)
         elif name in values:
             if not fits(values[name], kind):
-                raise InputError(f"{where}: key '{name}' is {values[name]!r}; expected {describe(kind)}")
+                raise InputError(f"{where}: key '{name}' is {values[name]!r}; expected {describe(kind)}{limit(values[name])}")
             chosen[name] = tuple(values[name]) if typing.get_origin(kind) is tuple else values[name]
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: key '{name}' is missing; expected {describe(kind)}")
@@ -90,14 +97,26 @@ def fits(value, kind):
     if origin is Literal:
         return among(value, inside)
     if origin is tuple:
-        return isinstance(value, list | tuple) and all(fits(each, inside[0]) for each in value)
-    if kind in (int, float):
-        return type(value) in (int, kind) and 0 < value < math.inf
+        return isinstance(value, list | tuple) and not limit(value) and all(fits(each, inside[0]) for each in value)
+    if kind is int:
+        return type(value) is int and 0 < value < MOST
+    if kind is float:
+        return type(value) in (int, float) and SMALLEST <= value <= LARGEST
     if kind is Index:
-        return type(value) is int and value >= 0
+        return type(value) is int and 0 <= value < MOST
     if kind is Number:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and -LARGEST <= value <= LARGEST
     return type(value) is kind
+
+
+def limit(value):
+    """The limit that a value is beyond, as the end of a message; "" where it is beyond none."""
+    if isinstance(value, list | tuple):
+        return f" with at most {LONGEST} entries" if len(value) > LONGEST else next(filter(None, map(limit, value)), "")
+    if isinstance(value, int) and abs(value) >= MOST:
+        return " below 2^31"
+    beyond = isinstance(value, float) and math.isfinite(value) and value and not SMALLEST <= abs(value) <= LARGEST
+    return " that float32 can hold" if beyond else ""
 
 
 def describe(kind):

@@ -6,19 +6,24 @@
 This is the one place that reads a pickle: by torch's weights-only loader, which builds tensors and refuses all else.
 """
 
+import contextlib
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 
-from nano_adrpo.errors import InputError, MissingFile, Parser, run_command
-from nano_adrpo.files import copy_small, new_folder, read_json, write_json
+from nano_adrpo.errors import InputError, MissingFile, Parser, run_command, shown
+from nano_adrpo.files import copy_small, new_folder, read_index, write_json
 from nano_adrpo.files.safetensors import DTYPES, save
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # names below which a training script keeps a state dict
 # What torch's wrappers add to the names of layers: compile, FSDP and checkpointing where they wrap, data parallelism in front.
 WRAPPED, PARALLEL = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "module."
+# A few bytes of a pickle can stand for a tensor of any size. A file's tensors may take so many times its own bytes: tied
+# weights lie in it once and are written under each of their names.
+TIMES, SMALL = 4, 2**20
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")  # what trainers leave beside a model
 
 
@@ -32,10 +37,15 @@ def convert(file, out):
         raise MissingFile(f"{file}: no such file")
     if Path(out).exists() or not Path(out).parent.is_dir():
         raise InputError(f"{out}: {'exists, and is not overwritten' if Path(out).exists() else 'its folder does not exist'}")
+    return rewrite(file, out, out)
+
+
+def rewrite(file, out, name):
+    """Does what `convert` does; `name` is what messages call `out`."""
     print(f"{file} is a pickle: reading it with torch.load(…, weights_only=True), which builds tensors and runs no code")
     tensors = tensors_of(unwrapped(read_pickle(file), file), file)
     save(out, tensors)
-    print(f"{out}: tensors: {len(tensors)}, bytes: {Path(out).stat().st_size:,}")
+    print(f"{name}: tensors: {len(tensors)}, bytes: {Path(out).stat().st_size:,}")
     return list(tensors)
 
 
@@ -45,25 +55,25 @@ def convert_folder(folder, out):
 
     Raises MissingFile where a file is missing, InputError as `convert` does."""
     folder, indexes = Path(folder), sorted(Path(folder).glob("*.bin.index.json"))
-    listed = [read_json(index).get("weight_map") for index in indexes]
-    if not all(isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values()) for names in listed):
-        raise InputError(f"{indexes[0]}: expected a 'weight_map' from keys to shard files")
-    shards = sorted({folder / name for names in listed for name in names.values()} | set(folder.glob("*.bin")))
-    shards = [file for file in shards if file.name not in NO_WEIGHTS]
+    listed = {name for index in indexes for name in read_index(index).values()} - set(NO_WEIGHTS)
+    shards = {folder / name for name in listed} | {file for file in folder.glob("*.bin") if file.name not in NO_WEIGHTS}
     if not shards:
         raise MissingFile(f"{folder}: no .bin file in this folder")
-    for file in shards:
+    for file in sorted(shards):
         if not file.is_file():
             raise MissingFile(f"{file}: no such file; an index lists it")
-    out, homes = new_folder(out), {}
-    for file in shards:
-        name = public(file.stem) + ".safetensors"
-        homes |= dict.fromkeys(convert(file, out / name), name)
-    copy_small(folder, out)
-    for index in indexes:  # the last file, so that a folder with it is whole
-        stem = public(index.name.removesuffix(".bin.index.json"))
-        inside = {key: name for key, name in homes.items() if name.startswith(f"{stem}-")}
-        write_json(out / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": inside})
+    names = {file: public(file.stem) + ".safetensors" for file in sorted(shards)}
+    if len(set(names.values())) < len(names):
+        raise InputError(f"{folder}: two .bin files would have one name as safetensors; expected one model's")
+    with new_folder(out) as new:
+        homes = {}
+        for file, name in names.items():
+            homes |= dict.fromkeys(rewrite(file, new / name, Path(out) / name), name)
+        copy_small(folder, new)
+        for index in indexes:  # the last file, so that a folder with it is whole
+            stem = public(index.name.removesuffix(".bin.index.json"))
+            inside = {key: name for key, name in homes.items() if name.startswith(f"{stem}-")}
+            write_json(new / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": inside})
 
 
 def public(stem):
@@ -73,6 +83,10 @@ def public(stem):
 
 def read_pickle(file):
     """What torch's weights-only loader makes of a file."""
+    size = 0
+    with contextlib.suppress(Exception):  # an older file is no archive, and a damaged one is refused below
+        size = sum(inside.file_size for inside in zipfile.ZipFile(file).infolist())
+    check_size(size, file)
     try:
         with warnings.catch_warnings(action="ignore"):  # about formats that are refused below
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -83,13 +97,19 @@ def read_pickle(file):
         raise InputError(f"{file}: not a whole PyTorch file ({type(error).__name__})") from None
 
 
+def check_size(size, file):
+    """Refuses a file whose content would take `size` bytes, many times its own."""
+    if size > (most := TIMES * Path(file).stat().st_size + SMALL):
+        raise InputError(f"{file}: what it holds takes {size:,} bytes; expected at most {most:,} of a file of its size")
+
+
 def unwrapped(state, file):
     """The dict of named tensors in what a file holds, under the names that the model itself gives them."""
-    while isinstance(state, dict):
-        inside = next((key for key in WRAPPERS if isinstance(state.get(key), dict)), None)
+    for _ in WRAPPERS:  # a dict may hold itself
+        inside = next((key for key in WRAPPERS if isinstance(state, dict) and isinstance(state.get(key), dict)), None)
         if inside is None:
             break
-        print(f"reading '{inside}'" + "".join(f"; left out beside it: {key}" for key in state if key != inside))
+        print(f"reading '{inside}'" + "".join(f"; left out beside it: {shown(key)}" for key in state if key != inside))
         state = state[inside]
     named = [key for key, value in state.items() if is_tensor(key, value)] if isinstance(state, dict) else []
     if not named:
@@ -100,7 +120,7 @@ def unwrapped(state, file):
     if len(set(names.values())) < len(names):
         raise InputError(f"{file}: two keys have one name without what torch's wrappers add; expected one model's keys")
     if changed := next((key for key in named if names[key] != key), None):
-        print(f"names lose what torch's wrappers added: {changed} is {names[changed]}")
+        print(f"names lose what torch's wrappers added: {shown(changed)} is {shown(names[changed])}")
     return {names.get(key, key): value for key, value in state.items()}
 
 
@@ -111,9 +131,12 @@ def is_tensor(key, value):
 def tensors_of(state, file):
     """{name: tensor} as a safetensors file can hold it."""
     tensors, storages = {}, set()
+    check_size(sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, torch.Tensor)), file)
     for key, value in state.items():
         if not is_tensor(key, value):
-            print(f"left out: {key} ({type(value).__name__})")
+            print(f"left out: {shown(key)} ({type(value).__name__})")
+        elif key == "__metadata__" or any("\ud800" <= letter <= "\udfff" for letter in key):  # half a character is no text
+            raise InputError(f"{file}: key {key!r}: a safetensors file cannot hold a tensor of this name")
         elif value.layout != torch.strided or value.dtype not in DTYPES.values() or value.is_meta:
             kind = f"{value.layout}, {value.dtype}, on {value.device}"
             raise InputError(f"{file}: key '{key}' is {kind}; a safetensors file cannot hold it")

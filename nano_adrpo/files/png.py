@@ -19,6 +19,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types (PNG specification, section 11.2.1)
 SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}  # per pixel
 DEPTHS = {GREY: (1, 2, 4, 8, 16), PALETTE: (1, 2, 4, 8)}  # bits per sample; the other types have 8 or 16
+LONGEST, MOST = 2**14, 2**24  # pixels of a side, of an image (4096 × 4096): a few bytes may say that they are any number
 # An interlaced image is stored as seven small ones (section 8.2): the first row and column of each, the steps to its next.
 WHOLE, ADAM7 = (
     [(0, 0, 1, 1)],
@@ -79,6 +80,8 @@ def _decode(content):
     known = colour in SAMPLES and depth in DEPTHS.get(colour, (8, 16)) and interlaced in (0, 1)
     if not known or not width or not height or compression or filtering:
         raise InputError("damaged PNG (impossible header)")
+    if max(width, height) > LONGEST or width * height > MOST:
+        raise InputError(f"an image of {width} × {height} pixels; expected at most {MOST:,} of them, and {LONGEST:,} on a side")
     bits = SAMPLES[colour] * depth  # per pixel
     passes = [(y, x, dy, dx) for y, x, dy, dx in (ADAM7 if interlaced else WHOLE) if y < height and x < width]
     sizes = [(-(-(height - y) // dy), -(-(width - x) // dx)) for y, x, dy, dx in passes]
@@ -95,7 +98,7 @@ def _decode(content):
         pixels, depth = palette.reshape(-1, 3)[pixels[..., 0]], 8
     channels = 1 if colour in (GREY, GREY_ALPHA) else 3
     image = torch.from_numpy(pixels[..., :channels].astype(np.float32)).permute(2, 0, 1).contiguous()
-    return image / ((2**depth - 1) / 2) - 1
+    return image.div_((2**depth - 1) / 2).sub_(1)
 
 
 def _inflate(compressed, expected, size):
@@ -144,21 +147,37 @@ def _unfilter(rows, size):
     filters, (height, width) = rows[:, 0], (len(rows), (rows.shape[1] - 1) // size)
     if filters.max() > 4:
         raise InputError(f"damaged PNG (row filter {filters.max()})")
-    # One pixel of zeros before each row and one row of zeros above; int16, because predictions are not taken modulo 256.
-    pixels = np.zeros((height + 1, width + 1, size), np.int16)
-    pixels[1:, 1:] = rows[:, 1:].reshape(height, width, size)
-    flat = pixels.reshape(-1, size)  # an antidiagonal: every `width`-th pixel, as a row has width + 1
+    stored = rows[:, 1:].reshape(height, width, size)
+    if filters.max() < 3:
+        return _unfilter_rows(stored, filters)
+    stored = np.ascontiguousarray(stored).reshape(-1, size)  # an antidiagonal: one pixel, then every `width − 1`-th
+    pixels, step = np.empty_like(stored), max(width - 1, 1)
+    sub, up, average, paeth = ((filters == kind)[:, None].astype(np.int16) for kind in (1, 2, 3, 4))
+    # The last two antidiagonals by their rows, behind one row of zeros; int16, as predictions are not taken modulo 256.
+    last, before = (np.zeros((height + 1, size), np.int16) for _ in range(2))
     for diagonal in range(height + width - 1):
         low, high = max(0, diagonal - width + 1), min(height, diagonal + 1)  # its rows
-        first = (low + 1) * (width + 1) + diagonal - low + 1
-        here, left, above, corner = (
-            flat[first - back : first - back + (high - low - 1) * width + 1 : width] for back in (0, 1, width + 1, width + 2)
-        )
-        a, b, c = abs(above - corner), abs(left - corner), abs(left + above - 2 * corner)  # distances of Paeth's estimate
-        paeth = np.where((a <= b) & (a <= c), left, np.where(b <= c, above, corner))
-        here += np.choose(filters[low:high, None], (0, left, above, (left + above) >> 1, paeth)).astype(np.int16)
-        here &= 255
-    return pixels[1:, 1:].astype(np.uint8).reshape(height, -1)
+        first = low * width + diagonal - low
+        here, kinds = slice(first, first + (high - low - 1) * step + 1, step), slice(low, high)
+        left, above, corner = last[low + 1 : high + 1], last[low:high], before[low:high]
+        across, down = above - corner, left - corner  # and their sum: the distances of Paeth's estimate
+        a, b, c = abs(across), abs(down), abs(across + down)
+        nearest = np.where((a <= b) & (a <= c), left, np.where(b <= c, above, corner))
+        guess = nearest * paeth[kinds] + ((left + above) >> 1) * average[kinds] + left * sub[kinds] + above * up[kinds]
+        before[low + 1 : high + 1] = pixels[here] = stored[here] + guess.astype(np.uint8)
+        last, before = before, last
+    return pixels.reshape(height, -1)
+
+
+def _unfilter_rows(rows, filters):
+    """The same for filters that predict by the left pixel alone or by the one above: a row at a time, in bytes, modulo 256."""
+    pixels = rows.copy()
+    for y, kind in enumerate(filters):
+        if kind == 1:
+            np.add.accumulate(rows[y], axis=0, dtype=np.uint8, out=pixels[y])
+        elif kind == 2 and y > 0:
+            pixels[y] += pixels[y - 1]
+    return pixels.reshape(len(rows), -1)
 
 
 def grid(images, columns, gap=2):

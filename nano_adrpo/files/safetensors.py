@@ -5,7 +5,9 @@ names and shapes with the headers of the file, and only then reads the tensors. 
 function from a name in the model to the key in the file. Nothing is unpickled and nothing from a checkpoint is run.
 """
 
+import contextlib
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
@@ -13,9 +15,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from nano_adrpo.errors import InputError, MissingFile
-from nano_adrpo.files import read_json, replace, write_json
+from nano_adrpo.files import read_index, replace, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -50,7 +53,7 @@ def load(build, checkpoint, dtype=None, device=None, key_of=str, ignore=""):
 
     Raises InputError naming file and key for a tensor that is missing, unknown, misshapen or of another kind of number.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), bounded(checkpoint):
         model = build()
     state, names = model.state_dict(), {}  # names: {key in the file: what the model calls the blocks of that tensor}
     for name in state:
@@ -75,6 +78,33 @@ def load(build, checkpoint, dtype=None, device=None, key_of=str, ignore=""):
     return model.eval()
 
 
+BLOCKS = 4  # most tensors of a model that a file keeps in one: queries, keys, values and the first layer of FLUX's MLP
+
+
+@contextlib.contextmanager
+def bounded(checkpoint):
+    """Inside, a model with more tensors than the file can fill, or with tensors beyond all memory, raises InputError: a config
+    may ask for a billion layers, and to build these takes for ever."""
+    left = itertools.count(BLOCKS * len(checkpoint.home) + 16, -1)
+
+    def count(*_):
+        if next(left) == 0:
+            found = len(checkpoint.home)
+            raise InputError(
+                f"{checkpoint.path}: its config asks for more layers than it holds; expected those of its {found} tensors"
+            )
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    except (RuntimeError, TypeError, OverflowError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise InputError(f"{checkpoint.path}: its config asks for tensors of sizes beyond all memory") from None
+    finally:
+        hook.remove()
+
+
 def check(checkpoint, keys, expected, owner):
     """Compares the headers of `keys` with `expected`, {key: tensor on the meta device}. `owner` is what the tensors are for.
     Raises InputError naming file and key for one that is unknown, misshapen, of another kind of number or missing."""
@@ -97,6 +127,8 @@ class Checkpoint:
               has neither, the fp16 variant of one of them
     prefix    what the keys of the wanted model begin with in a file that holds other models too. Those models are left out, and
               below, keys are without it. If no key begins with it, the file is taken as a whole
+    only      a regular expression: keys, as the files spell them, that do not match it are left out. A shard that by the index
+              has no others is not opened, and need not be there
 
     home      {key: its file}
     shapes    {key: shape}
@@ -105,15 +137,15 @@ class Checkpoint:
     Raises MissingFile for a file that is not there, InputError where one is damaged or quantised by bitsandbytes.
     """
 
-    def __init__(self, path, stem="model", prefix=""):
+    def __init__(self, path, stem="model", prefix="", only=".*"):
         self.path = Path(path)
-        files, index = find(self.path, stem)
+        files, index = find(self.path, stem, only)
         self.files = {file: open_file(file) for file in files}
-        stored = {file: dict.fromkeys(opened.keys()) for file, opened in self.files.items()}
+        stored = {file: {key: None for key in opened.keys() if re.fullmatch(only, key)} for file, opened in self.files.items()}
         home = {key: file for file, keys in stored.items() for key in keys}
         if index:  # of a key in two shards the listed one counts; where index and shards disagree otherwise, the shards do
-            listed = {key: self.path / shard for key, shard in read_json(index)["weight_map"].items()}
-            home |= {key: file for key, file in listed.items() if key in stored[file]}
+            listed = {key: self.path / shard for key, shard in read_index(index).items()}
+            home |= {key: file for key, file in listed.items() if key in stored.get(file, ())}
         self.prefix = prefix if any(key.startswith(prefix) for key in home) else ""
         self.home = {key.removeprefix(self.prefix): file for key, file in home.items() if key.startswith(self.prefix)}
         headers = {key: self.files[file].get_slice(self.prefix + key) for key, file in self.home.items()}
@@ -186,8 +218,8 @@ class Checkpoint:
         return sizes
 
     def count(self, stem):
-        """The number of layers whose keys are `stem` and a number from 0 up; at least 1."""
-        layers = (re.match(re.escape(stem) + r"(\d+)\.", key) for key in self.shapes)
+        """The number of layers whose keys are `stem` and a number from 0 up; at least 1. No model has 10,000."""
+        layers = (re.match(re.escape(stem) + r"(\d{1,4})\.", key) for key in self.shapes)
         return 1 + max((int(layer[1]) for layer in layers if layer), default=0)
 
     def heads(self, width, size=64):
@@ -199,7 +231,7 @@ class Checkpoint:
         return width // size
 
 
-def find(path, stem):
+def find(path, stem, only=".*"):
     """-> the files with tensors, and the index that lists them or None."""
     if path.is_file():
         return [path], None
@@ -211,10 +243,8 @@ def find(path, stem):
             return [whole], None
         if not index.is_file():
             continue
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
-            raise InputError(f"{index}: expected a 'weight_map' from keys to shard files")
-        shards = [path / shard for shard in sorted(set(weight_map.values()))]
+        weight_map = read_index(index)
+        shards = [path / shard for shard in sorted({weight_map[key] for key in weight_map if re.fullmatch(only, key)})]
         for shard in shards:
             if not shard.is_file():
                 raise MissingFile(f"{shard}: no such file; {index.name} lists it")
@@ -239,15 +269,23 @@ def save(file, tensors, label=("format", "pt")):
               the same tensors shall give the same bytes
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace(file, lambda temporary: save_file(tensors, temporary, metadata=dict([label])))
+
+    def write(temporary):
+        try:
+            save_file(tensors, temporary, metadata=dict([label]))
+        except SafetensorError as error:  # what a full disk is to that package
+            raise OSError(str(error)) from None
+
+    replace(file, write)
 
 
-def save_model(folder, model, config, stem="model"):
-    """Writes a model folder: config.json and STEM.safetensors. Raises InputError for a model that has adapters (lora.py)."""
+def save_model(folder, model, config, stem="model", prefix=""):
+    """Writes a model folder: config.json and STEM.safetensors, whose keys begin with `prefix`. Raises InputError for a model
+    that has adapters (lora.py)."""
     if any(".lora_A." in name for name in model.state_dict()):
         raise InputError(f"{folder}: the model has adapters; save them with lora.save, or lora.merge them before it is saved")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save(Path(folder) / f"{stem}.safetensors", model.state_dict())
+    save(Path(folder) / f"{stem}.safetensors", {prefix + name: tensor for name, tensor in model.state_dict().items()})
     # Shards of an earlier save may lie here. Without their index diffusers reads the new file.
     (Path(folder) / f"{stem}.safetensors.index.json").unlink(missing_ok=True)
     write_json(Path(folder) / "config.json", config)

@@ -27,10 +27,12 @@ class TextCodec:
     Raises InputError naming the file or option that does not fit.
     """
 
+    published = None  # the chat template of a folder without one; None: a question is the prompt as it is
+
     def __init__(self, model, system=None, template=None, thinking=None, stop=()):
         self.tokenizer, self.size = tokenizer_of(model), model.config.vocab_size
         self.eos, self.stop, self.ended = stop_ids(model, self.tokenizer), stop, self.stopped if stop else None
-        self.template, self.system, self.prompts = template_of(model, template, thinking), system, {}
+        self.template, self.system, self.prompts = template_of(model, template, thinking, self.published), system, {}
         if "" in stop:
             raise InputError("--stop: expected texts that are not empty")
         if self.template:
@@ -43,11 +45,19 @@ class TextCodec:
     def encode(self, questions, longest, device=None):
         """N questions -> ids and mask [N, T] of their prompts, padded on the left. Raises InputError naming the first prompt of
         more than `longest` tokens."""
-        if self.template:  # prompts are kept, as the same ones come again in every round
-            new = [question for question in dict.fromkeys(questions) if question not in self.prompts]
-            self.prompts |= zip(new, self.template([conversation(question, self.system) for question in new]) if new else ())
-            questions = [self.prompts[question] for question in questions]
-        return encode_prompts(self.tokenizer, questions, longest, self.size, special=not self.template, device=device)
+        texts = self.write(questions)
+        return encode_prompts(self.tokenizer, texts, longest, self.size, special=not self.template, device=device)
+
+    def clips(self, questions):
+        """What a model hears with these questions: nothing. See language.audio.AudioCodec."""
+
+    def write(self, questions):
+        """Questions -> the texts of their prompts. They are kept, as the same ones come again in every round."""
+        if not self.template:
+            return list(questions)
+        new = [question for question in dict.fromkeys(questions) if question not in self.prompts]
+        self.prompts |= zip(new, self.template([conversation(question, self.system) for question in new]) if new else ())
+        return [self.prompts[question] for question in questions]
 
     def decode(self, ids, mask):
         """Completions ids [N, C] under their mask [N, C] -> N texts, without special tokens such as the eos. A text ends before
@@ -58,7 +68,7 @@ class TextCodec:
     def stopped(self, ids):
         """The tokens of completions so far, [N, C] -> [N], whether a stop text stands in the newest ones."""
         window = max(len(stop.encode()) for stop in self.stop) + 4  # tokens: one has a byte or more; 4 end a character before
-        texts = self.tokenizer.decode_batch(ids[:, -window:].tolist(), skip_special_tokens=False)
+        texts = tokenizers.decode_batch(self.tokenizer, ids[:, -window:].tolist(), special=True)
         return torch.tensor([any(stop in text for stop in self.stop) for text in texts], device=ids.device)
 
 
@@ -76,11 +86,13 @@ def render(source, messages, **values):
     return template([messages], **values)[0]
 
 
-def template_of(source, choice=None, thinking=None):
-    """The language.template.Template of a folder, or of a model from one; None where there is none. choice, thinking: see
-    TextCodec."""
+def template_of(source, choice=None, thinking=None, published=None):
+    """The language.template.Template of a folder, or of a model from one; None where there is none. choice, thinking,
+    published: see TextCodec."""
     small = companions(source) if isinstance(source, str | Path) else source.files
     where, text = default_template(small) if choice is None else (choice, choice != "none" and files.read_text(choice))
+    if choice is None and not text:
+        where, text = "the published chat template", published
     values = {"enable_thinking": thinking == "on"} if thinking else {}
     return Template(text, where, tokenizers.named_tokens(tokenizers.settings(small)) | values) if text else None
 
@@ -139,7 +151,7 @@ def encode_prompts(tokenizer, texts, longest, size=math.inf, special=False, devi
     size      the model's number of tokens; InputError naming a prompt with a token beyond
     special   whether to add the tokenizer's own first and last tokens; a chat template has written them already
     """
-    rows = [encoding.ids for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=special)]
+    rows = [encoding.ids for encoding in tokenizers.encode_batch(tokenizer, texts, special)]
     for index, row in enumerate(rows):
         if not 0 < len(row) <= longest:
             raise InputError(f"prompt {index} has {len(row)} tokens; expected 1 … {longest}: {texts[index][:60]!r}")
@@ -154,4 +166,4 @@ def encode_prompts(tokenizer, texts, longest, size=math.inf, special=False, devi
 
 def decode(tokenizer, ids, mask):
     """The texts of completions ids [B, N] under their mask [B, N], without special tokens such as the eos."""
-    return tokenizer.decode_batch([row[keep].tolist() for row, keep in zip(ids, mask.bool())])
+    return tokenizers.decode_batch(tokenizer, [row[keep].tolist() for row, keep in zip(ids, mask.bool())])

@@ -11,38 +11,54 @@ class Rollout(NamedTuple):
     ids: torch.Tensor  # [N, T], prompts padded on the left, then their completions
     seen: torch.Tensor  # [N, T], 1 at tokens, 0 at padding on either side
     mask: torch.Tensor  # [N, C], the last C columns of `seen`: 1 at the completion's tokens, its end token included
+    padded: bool  # whether a prompt has padding, on its left; if none has, causal attention needs no mask
     texts: list  # N completions as text, "<think>" included where the prompt opened a thought
+    clips: list | None = None  # N lists of what the model hears with the prompts; None: it hears nothing
 
 
 @torch.no_grad()
 def roll_out(model, codec, problems, max_new_tokens, longest, generator=None, **sampling):
     """Samples one completion of each of N problems. Equal ones side by side share their prompt's computation. -> Rollout
 
-    codec       language.chat.TextCodec of the model
+    codec       language.chat.TextCodec of the model, or language.audio.AudioCodec
     longest     the most tokens of a prompt; InputError for one that has more
     sampling    temperature, top_k, top_p of Decoder.generate
     """
     device = model.model.embed_tokens.weight.device
-    ids, prompt_mask = codec.encode([problem.prompt for problem in problems], longest, device)
+    prompts = [problem.prompt for problem in problems]
+    ids, prompt_mask = codec.encode(prompts, longest, device)
+    clips = codec.clips(prompts)
     ends = codec.decode(ids[:, -8:], prompt_mask[:, -8:])
-    sampling |= {"eos": codec.eos, "ended": codec.ended, "generator": generator}
+    sampling |= {
+        "eos": codec.eos,
+        "ended": codec.ended,
+        "generator": generator,
+        "clips": of_rows(clips, torch.arange(len(ids))),
+    }
     ids, mask = model.generate(ids, prompt_mask, max_new_tokens, **sampling)
     seen = torch.cat([prompt_mask, mask], dim=1)
     texts = codec.decode(ids[:, prompt_mask.shape[1] :], mask)
+    padded = not bool(prompt_mask.all())
     texts = ["<think>" * end.rstrip().endswith("<think>") + text for end, text in zip(ends, texts)]
-    return Rollout(ids, seen, mask, texts)
+    return Rollout(ids, seen, mask, padded, texts, clips)
+
+
+def of_rows(clips, rows):
+    """The clips of these rows one behind the other, as models take them; None where none hears."""
+    return clips and [clip for row in torch.as_tensor(rows).tolist() for clip in clips[row]]
 
 
 def score(model, rollout, rows, temperature=1.0, entropy=False):
     """log π(token) of the completions in `rows`, [n, C], in nats; with entropy=True also π's entropy at each position [n, C].
     π is the softmax of logits / temperature: the temperature that the completions were sampled at."""
     start = rollout.ids.shape[1] - rollout.mask.shape[1]
-    return model.token_logprobs(rollout.ids[rows], rollout.seen[rows], start, temperature, entropy)
+    seen, clips = rollout.seen[rows] if rollout.padded else None, of_rows(rollout.clips, rows)
+    return model.token_logprobs(rollout.ids[rows], seen, start, temperature, entropy, clips)
 
 
 @torch.no_grad()
-def score_all(model, rollout, batch, temperature=1.0):
-    """`score` of all completions, `batch` at a time -> log-probabilities and entropies, both [N, C], without gradient."""
+def score_all(model, rollout, batch, temperature=1.0, entropy=False):
+    """`score` of all completions, `batch` at a time, without gradient."""
     rows = torch.arange(len(rollout.ids), device=rollout.ids.device).split(batch)
-    scores = [score(model, rollout, each, temperature, entropy=True) for each in rows]
-    return tuple(torch.cat(values) for values in zip(*scores))
+    scores = [score(model, rollout, each, temperature, entropy) for each in rows]
+    return tuple(torch.cat(values) for values in zip(*scores)) if entropy else torch.cat(scores)

@@ -1,18 +1,13 @@
 """Chat templates: the small jinja programs that come with chat models and write messages as a prompt.
 
 A template is set up as transformers sets it up, so that it writes the same text. It is a program by somebody else, and some of
-what it can ask for, such as 10 ** 10 ** 9, cannot be stopped from inside. So it runs in a process of its own, `main`, which the
-operating system ends: there it has jinja's sandbox, half a second of the processor for each conversation, and 1 GiB of memory.
+what it can ask for, such as 10 ** 10 ** 9, cannot be stopped from inside. So it runs in a process of its own (files/apart.py):
+there it has jinja's sandbox, half a second of the processor for each conversation, and 1 GiB of memory.
 """
 
-import contextlib
 import datetime
+import functools
 import json
-import os
-import resource
-import signal
-import subprocess
-import sys
 from typing import NamedTuple
 
 from jinja2 import TemplateError, nodes
@@ -22,8 +17,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from nano_adrpo.errors import InputError
+from nano_adrpo.files.apart import Apart, Ended
 
-SECONDS, MEMORY, LONGEST = 0.5, 2**30, 10**7  # processor time and characters of one conversation, bytes of the process
+SECONDS, LONGEST = 0.5, 10**7  # processor time and characters of one conversation
 
 
 class Template(NamedTuple):
@@ -36,33 +32,25 @@ class Template(NamedTuple):
     def __call__(self, conversations, add_generation_prompt=True, **more):
         """Raises InputError with the template's own message, such as that of a role it does not take, and beyond a limit."""
         values = {**self.values, "add_generation_prompt": add_generation_prompt, **more}
-        lines = "\n".join(json.dumps(each) for each in ([self.text, values], *conversations))
-        command = [sys.executable, "-P", "-m", "nano_adrpo.language.template"]  # -P and the path: it imports what this one does
-        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(command, input=lines, capture_output=True, text=True, env=os.environ | path)
-        if done.returncode == 0:
-            return [json.loads(line) for line in done.stdout.splitlines()]
-        slow = done.returncode == -signal.SIGPROF
-        reason = f"it takes more than {SECONDS} s" if slow else (done.stderr.splitlines() or [f"exit {done.returncode}"])[-1]
-        raise InputError(f"{self.where}: the chat template writes no prompt: {reason[:200]!r}")
+        try:
+            with Apart(__file__, "writer", SECONDS) as process:
+                return [process.ask([self.text, messages, values]) for messages in conversations]
+        except Ended as error:
+            raise InputError(f"{self.where}: the chat template writes no prompt: {str(error)[:200]!r}") from None
 
 
-def main():
-    """Reads the template and its values, then conversations, one a line; writes their texts, one a line, each as JSON."""
-    with contextlib.suppress(ValueError, OSError):  # where the system allows less already
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    template, values = json.loads(sys.stdin.readline())
-    try:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
-        template = environment().from_string(template)
-        for line in sys.stdin:
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            text = write(template, json.loads(line), values)
-            if len(text) > LONGEST:
-                raise TemplateError(f"it has {len(text)} characters; expected at most {LONGEST}")
-            print(json.dumps(text))
-    except Exception as error:  # noqa: BLE001, a template can raise whatever Python can
-        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+def writer():
+    """-> a function of [template, messages, values] that gives the text of a conversation."""
+    compiled = functools.lru_cache(environment().from_string)
+
+    def answer(question):
+        template, messages, values = question
+        text = write(compiled(template), messages, values)
+        if len(text) > LONGEST:
+            raise TemplateError(f"it has {len(text)} characters; expected at most {LONGEST}")
+        return text
+
+    return answer
 
 
 def write(template, messages, values):
@@ -122,7 +110,3 @@ class Names(Namespace):
         if name.startswith("_"):
             raise SecurityError(f"the name {name!r} begins with '_'")
         super().__setitem__(name, value)
-
-
-if __name__ == "__main__":
-    main()

@@ -57,6 +57,11 @@ class VisionConfig(TowerConfig):
     hidden_act: Literal["gelu"] = "gelu"
     layer_norm_eps: float = 1e-5
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.patch_size > self.image_size:
+            raise InputError(f"patch_size is {self.patch_size}; expected at most image_size, {self.image_size}")
+
 
 @dataclasses.dataclass
 class Config:

@@ -59,6 +59,11 @@ class VisionConfig(TowerConfig):
     image_size: int = 224
     patch_size: int = 32
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.patch_size > self.image_size:
+            raise InputError(f"patch_size is {self.patch_size}; expected at most image_size, {self.image_size}")
+
 
 @dataclasses.dataclass
 class Config:

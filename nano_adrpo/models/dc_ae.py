@@ -57,7 +57,9 @@ class Config:
                 value = getattr(self, f"{side}_{name}")
                 if not isinstance(value, str) and len(value) != len(widths):
                     raise InputError(f"{side}_{name} has {len(value)} entries; expected {len(widths)}, as there are widths")
-            for width, _, kind, _ in self.stages(side):
+            for width, _, kind, kernels in self.stages(side):
+                if any(kernel % 2 == 0 for kernel in kernels):
+                    raise InputError(f"{side}_qkv_multiscales has {kernels}; expected odd sizes of kernels")
                 if kind == "EfficientViTBlock" and width % self.attention_head_dim:
                     raise InputError(f"attention_head_dim is {self.attention_head_dim}; expected a divisor of {width}")
             pairs = [(4 * fine, coarse) for fine, coarse in zip(widths, widths[1:])] + [(widths[-1], self.latent_channels)]

@@ -27,9 +27,10 @@ from nano_adrpo.errors import InputError
 from nano_adrpo.files import config as configs
 from nano_adrpo.files import safetensors
 from nano_adrpo.language import sampling
-from nano_adrpo.models import rope, tokenizers
+from nano_adrpo.models import rope
 from nano_adrpo.models.rope import rotate
 from nano_adrpo.models.token_scores import TokenScores
+from nano_adrpo.models.tokenizers import companions
 
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -66,7 +67,7 @@ class Config:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(f"num_key_value_heads {self.num_key_value_heads} does not divide {self.num_attention_heads} heads")
-        if self.head_dim % 2:
+        if self.head_dim % 2 or not self.head_dim:
             raise InputError(f"head_dim is {self.head_dim}; expected an even number, since rotary positions turn pairs")
 
     @property
@@ -89,26 +90,27 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, config.hidden_size)
 
-    def forward(self, ids, mask=None, cache=None):
-        """ids [B, T], mask [B, S] -> [B, T, D]. With a cache, ids are the newest T of S = cache.length + T tokens."""
-        past = cache.length if cache else 0
-        length = past + ids.shape[1]
+    def forward(self, ids, mask=None, cache=None, embeddings=None):
+        """ids [B, T], mask [B, S] -> [B, T, D]. With a cache, ids are the newest T of S = cache.columns(T) tokens.
+        embeddings [B, T, D], where they are given, take the place of the ids' own."""
+        past, count = cache.length if cache else 0, ids.shape[1]
+        length = cache.columns(count) if cache else count
         if mask is not None and mask.shape != (len(ids), length):
             raise InputError(f"mask is {list(mask.shape)}; expected {[len(ids), length]}")
         if length > (self.config.sliding_window or length):
             window = self.config.sliding_window
             raise InputError(f"the texts have {length} tokens; expected at most {window}, which all layers of Gemma 2 see")
-        key = torch.arange(length, device=ids.device)
-        query = key[past:, None]
+        key, fixed = torch.arange(length, device=ids.device), bool(cache and cache.fixed)
+        query = past + key[:count]  # [T]
         if mask is None:
-            whole = self.config.attn_logit_softcapping is None and not (past and len(query) > 1)
-            attends, positions = (None if whole else key <= query), key[None, past:]
+            whole = self.config.attn_logit_softcapping is None and not fixed and (not past or count == 1)
+            attends, positions = (None if whole else key <= query[:, None]), query[None]
         else:
             # A padding token still sees itself: a row that sees nothing would be NaN.
-            attends = (key <= query) & mask.bool()[:, None, None] | (key == query)  # [B, 1, T, S]
-            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past:]  # padding does not count
+            attends = (key <= query[:, None]) & mask.bool()[:, None, None] | (key == query[:, None])  # [B, 1, T, S]
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0).index_select(1, query)  # padding does not count
         turns = rope.rotations(self.config, positions)
-        x = self.embed_tokens(ids)
+        x = self.embed_tokens(ids) if embeddings is None else embeddings
         if self.config.is_gemma:
             x = x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype)  # rounded to x's dtype, as it was trained
         for layer in self.layers:
@@ -117,7 +119,7 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, turns, attends, cache)
         if cache:
-            cache.length = length
+            cache.length += count
         return self.norm(x)
 
 
@@ -161,11 +163,9 @@ class Attention(nn.Module):
 
     def forward(self, x, turns, attends, cache=None):
         """x [B, T, D] -> [B, T, D]; attends: boolean, broadcastable to [B, heads, T, S], None for all tokens so far."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.size)).transpose(1, 2)  # [B, heads, T, d]
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(self.q_norm(q), turns), rotate(self.k_norm(k), turns)
+        q, k, v = (project(x).unflatten(-1, (-1, self.size)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))  # [B, heads, T, d]
+        q, k = rotate(q, turns), rotate(k, turns)
         if cache:
             k, v = cache.append(self.index, k, v)  # [B, heads, S, d]
         if x.shape[1] == 1:  # one new token: the queries that share a key take the place of a sequence, and no key is copied
@@ -187,7 +187,8 @@ def soft_cap(x, cap):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · (offset + weight), in float32 because the sum of squares overflows in half precision."""
+    """x / rms(x) · (offset + weight). The sum of squares would overflow in half precision: torch's kernel computes in float32
+    and rounds once, at the end."""
 
     def __init__(self, config, dim):
         super().__init__()
@@ -195,8 +196,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((dim,), 1 - self.offset))
 
     def forward(self, x):
-        weight = self.weight.float() + self.offset if self.offset else self.weight.float()
-        return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
+        weight = self.weight.float() + self.offset if self.offset else self.weight
+        return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, self.eps).to(x.dtype)  # one dtype, else no fused kernel
 
 
 class Pretrained(nn.Module):
@@ -206,6 +207,8 @@ class Pretrained(nn.Module):
     files   {name: bytes} of the small files beside the weights, such as the tokenizer's; save_pretrained writes them again
     """
 
+    prefix = ""  # of its tensors' names in a file
+
     def __init__(self, config):
         super().__init__()
         self.config, self.files = config, {}
@@ -214,19 +217,23 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, path, dtype=None, device=None):
         """Opens a transformers folder. dtype None is the file's; device None the CPU."""
-        return load(cls, Path(path), dtype, device)
+        return load(cls, path, read_config(path), safetensors.Checkpoint(path), dtype, device)
 
     def save_pretrained(self, path):
         """Writes a folder that transformers and vLLM open: config.json, model.safetensors, and `files`."""
-        config = {"architectures": [self.config.model_type.capitalize() + self.task], **dataclasses.asdict(self.config)}
-        config = {key: value for key, value in config.items() if self.config.model_type == "gemma2" or key not in GEMMA2}
-        config["torch_dtype"] = str(self.model.norm.weight.dtype).removeprefix("torch.")
-        if self.task == "ForSequenceClassification":
-            config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}  # one output: a reward, not classes
-        safetensors.save_model(path, self.model if self.task == "Model" else self, config)  # as transformers names the tensors
+        named = self.model if self.task == "Model" else self  # as transformers names the tensors
+        safetensors.save_model(path, named, self.described(), prefix=self.prefix)
         for name, content in self.files.items():
             (Path(path) / name).parent.mkdir(exist_ok=True)
             files.write_bytes(Path(path) / name, content)
+
+    def described(self):
+        """The values of its config.json."""
+        config = {"architectures": [self.config.model_type.capitalize() + self.task], **dataclasses.asdict(self.config)}
+        config = {key: value for key, value in config.items() if self.config.model_type == "gemma2" or key not in GEMMA2}
+        if self.task == "ForSequenceClassification":
+            config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}  # one output: a reward, not classes
+        return config | {"torch_dtype": str(self.model.norm.weight.dtype).removeprefix("torch.")}
 
 
 class Decoder(Pretrained):
@@ -244,11 +251,16 @@ class Decoder(Pretrained):
         logits = F.linear(hidden, self.model.embed_tokens.weight) if tied else self.lm_head(hidden)
         return soft_cap(logits, self.config.final_logit_softcapping)
 
-    def forward(self, ids, mask=None):
-        """ids [B, T], mask [B, T] (1 at tokens, 0 at padding on either side; None: all tokens) -> logits [B, T, V]."""
-        return self.head(self.model(ids, mask))
+    def embed(self, ids, clips=None, start=1):
+        """What takes the place of the ids' own embeddings, or None: omni.Omni, which hears `clips`, has its own."""
+        if clips:
+            raise InputError(f"clips were given; a {self.config.model_type} reads text only")
 
-    def token_logprobs(self, ids, mask=None, start=1, temperature=1.0, entropy=False):
+    def forward(self, ids, mask=None, clips=None):
+        """ids [B, T], mask [B, T] (1 at tokens, 0 at padding on either side; None: all tokens) -> logits [B, T, V]."""
+        return self.head(self.model(ids, mask, embeddings=self.embed(ids, clips)))
+
+    def token_logprobs(self, ids, mask=None, start=1, temperature=1.0, entropy=False, clips=None):
         """log π(token t | tokens before t) of the given tokens t = start … T−1, in nats, float32.
 
         ids [B, T], mask [B, T] as in forward -> [B, T − start]. π is the softmax of logits / temperature, the distribution
@@ -257,12 +269,13 @@ class Decoder(Pretrained):
         """
         if not (1 <= start <= ids.shape[1] and temperature > 0):
             raise InputError(f"start is {start} and temperature {temperature}; expected 1 … {ids.shape[1]} and above 0")
-        hidden = self.model(ids, mask)[:, start - 1 : -1]  # [B, T − start, D]; position t−1 tells token t
+        hidden = self.model(ids, mask, embeddings=self.embed(ids, clips, start))  # position t−1 tells token t
+        hidden = hidden[:, start - 1 : -1]  # [B, T − start, D]
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         cap, tokens = self.config.final_logit_softcapping, ids[:, start:].flatten()
-        scores = TokenScores.apply(hidden.flatten(0, 1), weight, tokens, temperature, cap)
-        logp, entropies = (score.view(len(ids), ids.shape[1] - start) for score in scores)
-        return (logp, entropies) if entropy else logp
+        scores = TokenScores.apply(hidden.flatten(0, 1), weight, tokens, temperature, cap, entropy)
+        shape = len(ids), ids.shape[1] - start
+        return tuple(score.view(shape) for score in scores) if entropy else scores[0].view(shape)
 
 
 class RewardModel(Pretrained):
@@ -330,23 +343,15 @@ IMPLEMENTED = {
     "use_bidirectional_attention": (False, None),
 }  # fmt: skip
 
-COMPANIONS = (
-    "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
-    "tokenizer.model", *tokenizers.FILES,
-)  # fmt: skip
-
-
-def companions(folder):
-    """{name: bytes} of the small files beside the weights: read with the model and written again, so that a trained folder is
-    whole."""
-    found = [file for name in COMPANIONS for file in sorted(Path(folder).glob(name)) if file.is_file()]
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
-
 
 def read_config(path):
     """The Config of a model folder. `architectures` is not asked: the tensors tell whether a head fits."""
     where = Path(path) / "config.json"
-    values = files.read_json(where)
+    return parse_config(Config, files.read_json(where), where)
+
+
+def parse_config(cls, values, where):
+    """The Config, or a class made from it, of the values in a config.json named `where`."""
     configs.only(values, IMPLEMENTED, where, ("model_type",))
     family = values["model_type"]
     values = {**DEFAULTS[family], **values}
@@ -354,8 +359,9 @@ def read_config(path):
     if family in ("gemma", "gemma2") and values["hidden_act"] == "gelu":
         values["hidden_act"] = "gelu_pytorch_tanh"  # what the first Gemma files meant by gelu
     own = {key: value for key, value in values.items() if family == "gemma2" or key not in GEMMA2}
-    config = configs.parse(Config, own, where)
+    config = configs.parse(cls, own, where)
     check_windows(values, config, where)
+    rope.check(config, where)
     return config
 
 
@@ -373,8 +379,7 @@ def check_windows(values, config, where):
         raise InputError(f"{where}: key 'sliding_window' is {window!r}; expected {never}")
 
 
-def load(cls, path, dtype, device):
-    config, file = read_config(path), safetensors.Checkpoint(path)
+def load(cls, path, config, file, dtype, device):
     bare = not any(key.startswith("model.") for key in file.home)  # saved without a head, by a class such as Gemma2Model
     head, embeddings, elsewhere = "lm_head.weight", "embed_tokens.weight" if bare else "model.embed_tokens.weight", {}
     ignore = r".*rotary_emb\.inv_freq"  # older files carry the rotary frequencies, which the config tells

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from nano_adrpo.errors import InputError
 from nano_adrpo.files import config as configs
 from nano_adrpo.files import safetensors
+from nano_adrpo.models import mmdit
 from nano_adrpo.models.mmdit import MLP, AdaLN, FeedForward, Modulation, layer_norm, sinusoids
 
 PATCH = 2
@@ -154,20 +155,20 @@ def rotations(axes, length, height, width, device):
     (0, 0, 0), then T = height·width patches at (0, row, column). Computed in float64, kept in float32.
 
     axes   how many numbers of a head tell each of the three"""
-    rows, columns = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
-    image = torch.stack([torch.zeros_like(rows), rows, columns], dim=1)  # [T, 3]
-    positions = torch.cat([torch.zeros(length, 3, dtype=torch.long), image]).double()
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    image = torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)  # [T, 3]
+    positions = F.pad(image, (0, 0, length, 0)).double()
     angles = [
-        positions[:, axis, None] * 10000 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        positions[:, axis, None] * 10000 ** (-torch.arange(0, size, 2, dtype=torch.float64, device=device) / size)
         for axis, size in enumerate(axes)
     ]
     angles = torch.cat(angles, dim=1)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x, rotation):
     """Turns each pair of adjacent numbers of x [B, heads, L + T, d] by its angle, in float32."""
-    (cos, sin), (a, b) = rotation, x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    (cos, sin), (a, b) = rotation, x.unflatten(-1, (-1, 2)).unbind(-1)  # the products are float32, as cos and sin are
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -223,10 +224,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """[B, T, D] -> three [B, heads, T, d]."""
-        return self.norm_q(self.split(self.to_q(x))), self.norm_k(self.split(self.to_k(x))), self.split(self.to_v(x))
+        return self.split(self.to_q(x), self.norm_q), self.split(self.to_k(x), self.norm_k), self.split(self.to_v(x))
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    split = mmdit.Attention.split
 
 
 class JointAttention(Attention):
@@ -240,7 +240,7 @@ class JointAttention(Attention):
 
     def forward(self, x, context, rotation):
         """x [B, T, D], context [B, L, D] -> the same shapes."""
-        q, k = self.norm_added_q(self.split(self.add_q_proj(context))), self.norm_added_k(self.split(self.add_k_proj(context)))
+        q, k = self.split(self.add_q_proj(context), self.norm_added_q), self.split(self.add_k_proj(context), self.norm_added_k)
         v, length = self.split(self.add_v_proj(context)), context.shape[1]
         joined = (torch.cat(both, dim=2) for both in zip((q, k, v), super().forward(x)))
         attended = attention(*joined, rotation)

@@ -48,6 +48,9 @@ class Config:
         self.out_channels = self.out_channels or self.in_channels
         if self.caption_projection_dim != self.dim:
             raise InputError(f"caption_projection_dim is {self.caption_projection_dim}; expected heads × head dim = {self.dim}")
+        if self.dim % 4 or self.sample_size % self.patch_size:
+            sizes = f"heads × head dim is {self.dim}, sample_size {self.sample_size} and patch_size {self.patch_size}"
+            raise InputError(f"{sizes}; expected a multiple of 4, and whole patches")
 
     @property
     def dim(self):
@@ -187,10 +190,10 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None):
         """x [B, T, D], context [B, L, D] -> the same shapes; without context, x alone."""
-        q, k, v = self.norm_q(self.split(self.to_q(x))), self.norm_k(self.split(self.to_k(x))), self.split(self.to_v(x))
+        q, k, v = self.split(self.to_q(x), self.norm_q), self.split(self.to_k(x), self.norm_k), self.split(self.to_v(x))
         if self.joint:
-            q = torch.cat([q, self.norm_added_q(self.split(self.add_q_proj(context)))], dim=2)  # [B, heads, T + L, d]
-            k = torch.cat([k, self.norm_added_k(self.split(self.add_k_proj(context)))], dim=2)
+            q = torch.cat([q, self.split(self.add_q_proj(context), self.norm_added_q)], dim=2)  # [B, heads, T + L, d]
+            k = torch.cat([k, self.split(self.add_k_proj(context), self.norm_added_k)], dim=2)
             v = torch.cat([v, self.split(self.add_v_proj(context))], dim=2)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, T + L, D]
         attended = self.to_out[0](out[:, : x.shape[1]])
@@ -198,8 +201,9 @@ class Attention(nn.Module):
             return attended
         return attended, self.to_add_out(out[:, x.shape[1] :]) if self.to_add_out else None
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, T, D] -> [B, heads, T, d]
+    def split(self, x, norm=nn.Identity()):  # noqa: B008, it has no state
+        """[B, T, D] -> [B, heads, T, d]. Norms come before the transposed view, of which they would make a copy."""
+        return norm(x.unflatten(-1, (self.heads, -1))).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -227,7 +231,8 @@ class PatchEmbed(nn.Module):
             raise InputError(f"latents are {size}; expected multiples of {patch}, at most {self.side * patch}")
         top, left = (self.side - height) // 2, (self.side - width) // 2
         table = self.pos_embed.unflatten(1, (self.side, self.side))[:, top : top + height, left : left + width]
-        return self.proj(latents).flatten(2).transpose(1, 2) + table.flatten(1, 2)
+        patches = self.proj(latents).flatten(2).transpose(1, 2).contiguous()  # else all of the image stream lies transposed
+        return patches + table.flatten(1, 2)
 
 
 def position_table(dim, side, length):

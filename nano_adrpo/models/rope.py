@@ -17,6 +17,7 @@ import math
 
 import torch
 
+from nano_adrpo.errors import InputError
 from nano_adrpo.files import config as configs
 from nano_adrpo.files.config import Number
 
@@ -118,10 +119,22 @@ def rotations(config, positions):
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
+def check(config, where):
+    """Raises InputError where the numbers of a config give no rotations, such as a factor that divides by zero."""
+    try:
+        cos, sin = rotations(config, torch.tensor([[0, min(reach(config), config.max_position_embeddings) - 1]]))
+        finite = bool(cos.isfinite().all() and sin.isfinite().all())
+    except (ZeroDivisionError, OverflowError, ValueError):
+        finite = False
+    if not finite:
+        numbers = f"{config.rope_scaling}, rope_theta {config.rope_theta} and head_dim {config.head_dim}"
+        raise InputError(f"{where}: key 'rope_scaling': {numbers} give no angles; expected numbers of a public model's kind")
+
+
 def rotate(x, rope):
-    """Turns the pairs (i, i + d/2) of x [B, heads, T, d] by their angles, in float32."""
-    (cos, sin), wide = rope, x.float()
-    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    """Turns the pairs (i, i + d/2) of x [B, heads, T, d] by their angles."""
+    cos, sin = rope  # float32, and so are the products
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 def read_rope(values, where):

@@ -47,6 +47,8 @@ class Config:
         self.out_channels = self.out_channels or self.in_channels
         if self.cross_attention_dim != self.dim:
             raise InputError(f"cross_attention_dim is {self.cross_attention_dim}; expected heads × head dim = {self.dim}")
+        if self.mlp_ratio * self.dim < 1:
+            raise InputError(f"mlp_ratio is {self.mlp_ratio}; expected a width of 1 or more within the MLP")
 
     @property
     def dim(self):
@@ -78,7 +80,7 @@ class Sana(nn.Module):
         returns  [B, out_channels, H, W]
         """
         size = latents.shape[-2:]
-        x = self.patch_embed["proj"](latents).flatten(2).transpose(1, 2)  # [B, T, D], T = H·W
+        x = self.patch_embed["proj"](latents).flatten(2).transpose(1, 2).contiguous()  # [B, T, D], T = H·W
         time, vectors = self.time_embed(sigma, x.dtype)  # [B, 1, D], [B, 6, D]
         context = self.caption_norm(self.caption_projection(context))  # [B, L, D]
         if mask is not None:  # added to the scores; as a boolean mask but for rows of padding alone, which are not NaN

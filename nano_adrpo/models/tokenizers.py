@@ -8,6 +8,7 @@ merges.txt. `BertTokenizer` is BLIP's. The ids are those that transformers makes
 import contextlib
 import dataclasses
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nano_adrpo import files
 from nano_adrpo.errors import InputError, MissingFile
 from nano_adrpo.files import config as configs
+from nano_adrpo.models.tokenizer_check import check
 
 
 def open_tokenizer(source, where):
@@ -28,6 +30,7 @@ def open_tokenizer(source, where):
     where     the name of the file, for messages: raises MissingFile, or InputError where it is no tokenizer
     """
     text = source if isinstance(source, bytes) else files.read_text(source).encode()
+    check(text, where)
     with refused(where):
         tokenizer = Tokenizer.from_str(text.decode())
     tokenizer.no_padding()
@@ -36,25 +39,55 @@ def open_tokenizer(source, where):
 
 
 @contextlib.contextmanager
-def refused(where):
-    """Turns whatever the tokenizers package raises inside into an InputError that names the file."""
+def refused(where, what="not a tokenizer"):
+    """Turns whatever the tokenizers package raises inside into an InputError that names the file `where`, or the text."""
     try:
-        yield
+        with quiet():
+            yield
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001, the package raises nothing more specific
+    except BaseException as error:  # noqa: BLE001, the package raises nothing more specific
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # such as Ctrl-C
+            raise
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{where}: not a tokenizer ({reason})") from None
+        raise InputError(f"{where}: {what} ({reason})") from None
 
 
-def encode_batch(tokenizer, prompts):
-    """tokenizer.encode_batch; InputError where a prompt is no text, as half a character of a broken JSON escape is none."""
+@contextlib.contextmanager
+def quiet():
+    """Inside, nothing is written to the process's stderr, where the package in Rust writes a page when it panics."""
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def encode_batch(tokenizer, prompts, special=True):
+    """tokenizer.encode_batch, with the tokenizer's own first and last tokens or without. InputError where a prompt is no text,
+    as half a character of a broken JSON escape is none, or has what the tokenizer cannot encode."""
     for prompt in prompts:
         try:
             prompt.encode()
         except (UnicodeEncodeError, AttributeError):
             raise InputError(f"the prompt {prompt!r} is not Unicode text") from None
-    return tokenizer.encode_batch(list(prompts))
+    try:
+        with refused("the prompts"):
+            return tokenizer.encode_batch(list(prompts), add_special_tokens=special)
+    except InputError:
+        for prompt in prompts:
+            with refused(f"the prompt {prompt[:80]!r}", "the tokenizer cannot encode it"):
+                tokenizer.encode(prompt, add_special_tokens=special)
+        raise
+
+
+def decode_batch(tokenizer, rows, special=False):
+    """tokenizer.decode_batch of lists of ids, special tokens left out or kept. InputError where it fails."""
+    with refused("a completion", "the tokenizer cannot decode it"):
+        return tokenizer.decode_batch(rows, skip_special_tokens=not special)
 
 
 class BertTokenizer:
@@ -82,7 +115,8 @@ class BertTokenizer:
         rows = [encoding.ids for encoding in encode_batch(self.tokenizer, prompts)]
         for i, (prompt, ids) in enumerate(zip(prompts, rows)):
             if len(ids) > length:
-                warnings.warn(f"the prompt {prompt!r} has {len(ids)} tokens and is cut to {length}", stacklevel=2)
+                short = prompt if len(prompt) <= 80 else prompt[:79] + "…"
+                warnings.warn(f"the prompt {short!r} has {len(ids)} tokens and is cut to {length}", stacklevel=2)
                 rows[i] = ids[: length - 1] + ids[-1:]
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=self.pad)
         return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
@@ -128,8 +162,8 @@ class PromptTokenizer:
             mark_special(self.tokenizer, self.config, source)
         values = self.config | ({"padding_side": padding_side} if padding_side else {})
         self.longest = configs.parse(Settings, values, where).model_max_length or math.inf
-        pad = self.config.get("pad_token")
-        self.pad = self.tokenizer.token_to_id(_content(pad)) if pad else None
+        pad = _content(self.config.get("pad_token"))
+        self.pad = self.tokenizer.token_to_id(pad) if isinstance(pad, str) else None
         if self.pad is None:
             raise InputError(f"{where}: key 'pad_token' is {pad!r}; expected a token of {source.name}")
         self.reported = set()  # prompts whose loss of words was reported
@@ -169,6 +203,20 @@ FILES = (
     "added_tokens.json", "tokenizer.model",
 )  # fmt: skip
 CLIP_TOKENS = {name: "<|endoftext|>" for name in ("eos_token", "unk_token", "pad_token")} | {"bos_token": "<|startoftext|>"}
+
+# Those of a model folder.
+COMPANIONS = (
+    "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",  # of clips and images
+    *FILES,
+)  # fmt: skip
+
+
+def companions(folder):
+    """{name: bytes} of the small files beside the weights: read with the model and written again, so that a trained folder is
+    whole."""
+    found = [file for name in COMPANIONS for file in sorted(Path(folder).glob(name)) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
 
 
 def _content(token):
@@ -252,10 +300,13 @@ def mark_special(tokenizer, config, where):
     padding, every "!" of a prompt is that token. A listed token that the vocabulary lacks is added to it, under its id there.
     Raises InputError naming the file `where` for a token that has another id than the list says."""
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    ids = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-    more = config.get("additional_special_tokens") or []
+    listed, more = config.get("added_tokens_decoder") or {}, config.get("additional_special_tokens") or []
     named = [config[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(name)]
-    tokens = [*named, *more, *config.get("added_tokens_decoder", {}).values()]
+    tokens = [*named, *more, *(listed.values() if isinstance(listed, dict) else [listed])]
+    for token in tokens:
+        if not isinstance(_content(token), str) or not _content(token):
+            raise InputError(f"{where}: its tokenizer_config.json lists the token {token!r}; expected a text")
+    ids = {token["content"]: int(i) for i, token in listed.items()}
     tokens = {_content(token): token for token in tokens}  # the last one counts
     marked, added = set(map(_content, [*named, *more])), [*ids, *map(_content, more)]
     for content, token in sorted(tokens.items(), key=lambda item: ids.get(item[0], math.inf)):

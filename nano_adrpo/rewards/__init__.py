@@ -45,6 +45,11 @@ class Rewards:
         reward = sum(weight * scores[name] for name, (_, weight) in self.terms.items())
         return {"reward": reward, **(scores if len(scores) > 1 else {})}
 
+    @property
+    def embeds(self):
+        """Whether `embed_images` gives some."""
+        return any(hasattr(reward, "embed_images") for reward, _ in self.terms.values())
+
     def embed_images(self, images, batch=None):
         """The image embeddings [N, P] of the first reward that has `embed_images` (CLIP's), on the CPU; else None."""
         for reward, _ in self.terms.values():
@@ -114,6 +119,8 @@ def named(specs, models, plain=None, own=lambda reward: reward):
         if name == "reward" and len(specs) > 1:
             raise InputError(f"reward {spec!r}: {name} is what the sum is called")
         terms[name] = reward, weight
+    if not any(weight for _, weight in terms.values()):
+        raise InputError(f"rewards {', '.join(specs)}: every weight is 0; expected another one, or the rewards are all alike")
     return terms
 
 

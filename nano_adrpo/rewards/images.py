@@ -172,13 +172,13 @@ def normalisation(path, channels, side, crop):
         raise InputError(f"{where}: keys 'image_mean' and 'image_std' are missing; expected a number per channel each")
     for key, least, kind in (("image_mean", -math.inf, "numbers"), ("image_std", 0, "positive numbers")):
         given = values[key] if isinstance(values[key], list) else []
-        if len(given) != channels or not all(isinstance(x, int | float) and least < x < math.inf for x in given):
+        if len(given) != channels or not all(config.fits(x, config.Number) and x > least for x in given):
             raise InputError(f"{where}: key '{key}' is {values[key]!r}; expected {channels} {kind}, one a channel")
     steps = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": crop, "resample": 3}  # 3: bicubic
     config.only(values, {key: (value, None) for key, value in steps.items()}, where)
     for key in ("size", "crop_size") if crop else ("size",):
         size = values.get(key) or side
-        if set(size.values() if isinstance(size, dict) else [size]) != {side}:
+        if any(not config.among(each, [side]) for each in (size.values() if isinstance(size, dict) else [size])):
             raise InputError(f"{where}: key '{key}' is {size!r}; expected {side}, the model's image_size")
     return values["image_mean"], values["image_std"]
 

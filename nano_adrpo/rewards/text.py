@@ -5,6 +5,8 @@ r"""Rewards of text: is the answer right, is it stated as asked, and what does a
 | exact | 1 for the right answer, else 0: numbers as exact fractions, other answers as text (answers.py) |
 | math | the same, and 1 for an expression that equals the right one, by the library math-verify (expressions.py) |
 | format | 1 where an answer is stated in \boxed{} or after "####" |
+| choice | 1 where the text in <answer> … </answer>, or all that is said, is the right choice (choices.py) |
+| answer_format | 1 where all of it is <answer> … </answer>, with <think> … </think> before where the prompt asks for it |
 | reward_model:FOLDER | a reward model's number; a folder in RM-Gemma-2B's layout |
 
 A function of your own is FILE.py:FUNCTION, for example in mine.py
@@ -29,6 +31,7 @@ from nano_adrpo.errors import InputError, about
 from nano_adrpo.language import chat
 from nano_adrpo.models.decoder import RewardModel
 from nano_adrpo.rewards import Rewards, named, weighted
+from nano_adrpo.rewards import choices as of_choices
 from nano_adrpo.rewards.answers import after_thought, exact_answer, gold, stated_answer, states_answer
 from nano_adrpo.rewards.expressions import Expressions
 
@@ -40,11 +43,15 @@ class Problem(NamedTuple):
     answer: Fraction | str | None = None  # None: it has none
     row: dict = {}  # its JSON object
     few_shot: str = ""  # text before the question
+    choices: tuple = ()  # the texts that the answer is one of; none: an open question
+    audio: str | None = None  # path of the sound that the question is about
+    thinks: bool = False  # whether the question asks for a <think> before the <answer>
 
     @property
     def prompt(self):
-        """What the policy reads. All others, such as rewards, read the question."""
-        return self.few_shot + self.question
+        """What the policy reads: a text, or a text and the path of a sound. All others, such as rewards, read the question."""
+        text = self.few_shot + self.question
+        return text if self.audio is None else (text, self.audio)
 
     def __str__(self):
         return self.question
@@ -92,6 +99,12 @@ def exact(completions, problems):
     return [exact_answer(text, problem.answer) for text, problem in zip(completions, problems)]
 
 
+def right(completions, problems):
+    """[0.0 or 1.0]: which completions are right, as `choice` says of problems with choices and `exact` of others; None where a
+    problem has no answer."""
+    return (of_choices.choice if all(problem.choices for problem in problems) else exact)(completions, problems)
+
+
 def math():
     """The reward of that name."""
     expressions = Expressions()
@@ -127,7 +140,13 @@ def own(function):
     return call
 
 
-PLAIN = {"exact": lambda: exact, "format": lambda: stated, "math": math}  # rewards without a folder
+PLAIN = {  # rewards without a folder
+    "exact": lambda: exact,
+    "format": lambda: stated,
+    "math": math,
+    "choice": lambda: of_choices.choice,
+    "answer_format": lambda: of_choices.answer_format,
+}
 
 
 def parse(specs, device=None, batch=16, autocast=contextlib.nullcontext, system=None, thinking=None):

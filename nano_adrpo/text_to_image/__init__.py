@@ -96,10 +96,11 @@ class TextToImage:
         guidance         the scale of ode.guide; up to 1 there is none, as in diffusers
         times, method    see ode.sample
         """
-        guidance = max(guidance, 1.0)
+        guidance, condition = max(guidance, 1.0), condition.to(x0.device)  # once, and not at every step
         if guidance > 1:
             if negative is None:
                 raise InputError(f'guidance is {guidance} without a negative condition; expected one, such as encode([""])')
+            negative = negative.to(x0.device)
             if len(negative) == 1:
                 negative = negative[[0] * len(x0)]
         velocity = ode.guide(lambda x, t: self.velocity(x, t, condition), lambda x, t: self.velocity(x, t, negative), guidance)
@@ -111,7 +112,7 @@ class TextToImage:
         -> (latents x1 [N, C, H, W] on x0's device, images [N, 3, H', W'] on the CPU; both in x0's dtype)
         """
         latents, images = [], []
-        for rows in torch.arange(len(x0)).split(batch or len(x0)):
+        for rows in torch.arange(len(x0), device=x0.device).split(batch or len(x0)):
             away = negative if negative is None or len(negative) == 1 else negative[rows]
             latents.append(self.sample(x0[rows], condition[rows], times, away, guidance, method))
             images.append(self.decode(latents[-1], tile).cpu())

@@ -49,6 +49,7 @@ class Family:
     scheduler: type  # scheduler.Scheduler or a subclass
     latents: Callable  # (the transformer's config) -> Latents
     targets: tuple[str, ...]  # the layers that adapters go on, see lora.add
+    t5: str | None = None  # the part that is T5, None where there is none
 
     def open_encoder(self, path, dtype, device, base, lower=None, **options):
         """The text encoders of a release, see TextToImage.from_pretrained."""

@@ -95,6 +95,11 @@ class Scheduler(scheduler.Scheduler):
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
 
+    def __post_init__(self):
+        if self.max_image_seq_len <= self.base_image_seq_len:
+            lengths = f"base_image_seq_len is {self.base_image_seq_len}, max_image_seq_len {self.max_image_seq_len}"
+            raise InputError(f"{lengths}; expected a larger one")
+
     SAMPLER = {
         **{key: kinds for key, kinds in scheduler.Scheduler.SAMPLER.items() if key != "use_dynamic_shifting"},
         "time_shift_type": ("exponential",),
@@ -109,7 +114,10 @@ class Scheduler(scheduler.Scheduler):
             return self.shift
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         tokens = shape[1] * shape[2] / 4
-        return math.exp(self.base_shift + slope * (tokens - self.base_image_seq_len))
+        logarithm = self.base_shift + slope * (tokens - self.base_image_seq_len)
+        if abs(logarithm) > 50:
+            raise InputError(f"scheduler_config.json: the shift of the time grid is e^{logarithm:.3g}; expected e^50 at most")
+        return math.exp(logarithm)
 
     @classmethod
     def of(cls, transformer):
@@ -131,4 +139,5 @@ FLUX = Family(
     scheduler=Scheduler,
     latents=latents,
     targets=lora.MMDIT_TARGETS,
+    t5="text_encoder_2",
 )

@@ -111,6 +111,10 @@ def cached(file, prompts, negative_prompt, path, dtype=None, device=None, base=N
     path, …   the encoders' release and its options, see TextToImage.from_pretrained; device is where the encoders run
     """
     family = family_of(path, base, FAMILIES)
+    release = Release(path, base, family)
+    listed = t5 == "zeros" and family.t5 in release.index  # as without T5, which is what such a release is saved as
+    if t5 != "load" and not (family.t5 and (release.expects(family.t5) or listed)):
+        raise InputError(f"--t5 {t5}: {path} has no T5; expected load, the default")
 
     def encode():
         encoder = family.open_encoder(path, dtype, device, base, lower, t5=t5, **options)
@@ -121,13 +125,13 @@ def cached(file, prompts, negative_prompt, path, dtype=None, device=None, base=N
     lower = family.encoder.lower if lower is None else lower
     options_read = {**options, "t5": t5 == "zeros", "lower": lower}  # a streamed T5 is the same one
     settings = [family.name, prompts, negative_prompt, str(dtype), torch.device(device or "cpu").type, options_read]
-    wanted = fingerprint(Release(path, base, family), settings)
+    wanted = fingerprint(release, settings)
     found = read_conditions(file, wanted)
     if found is None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)  # fails before the encoders are loaded, not after
         found = encode()
         tensors = {prefix + name: x for prefix, some in zip(PREFIXES, found) for name, x in some.tensors().items()}
-        safetensors.save(file, {**tensors, "fingerprint": wanted})
+        safetensors.save(file, {**tensors, "fingerprint": sealed(wanted, tensors)})
     return found
 
 
@@ -135,7 +139,7 @@ PREFIXES = ("", "negative.")  # of the tensors' names in the file: the prompts',
 
 
 def read_conditions(file, wanted):
-    """-> the two Conditions in `file`; None where the file is absent or has another fingerprint than the wanted one."""
+    """-> the two Conditions in `file`; None where the file is absent, damaged, or of another fingerprint than the wanted."""
     if not Path(file).exists():
         return None
     stored = safetensors.Checkpoint(file)
@@ -143,12 +147,24 @@ def read_conditions(file, wanted):
     known = {"fingerprint", *(prefix + name for prefix in PREFIXES for name in fields)}
     if not {"fingerprint", "context"} <= stored.home.keys() <= known:
         raise InputError(f"{file}: not a file of prompt embeddings; it is not written over")
-    if not torch.equal(stored.read("fingerprint"), wanted):
+    tensors = {key: stored.stored(key) for key in stored.home}
+    if data(tensors.pop("fingerprint")) != data(sealed(wanted, tensors)):
         return None
-    return tuple(
-        Condition(**{name: stored.read(prefix + name) for name in fields if prefix + name in stored.home})
-        for prefix in PREFIXES
-    )
+    return tuple(Condition(**{name: tensors.get(prefix + name) for name in fields}) for prefix in PREFIXES)
+
+
+def sealed(wanted, tensors):
+    """SHA-256, as 32 bytes, of the wanted fingerprint and of {name: tensor}: a file with a bit flipped is another one's."""
+    digest = hashlib.sha256(data(wanted))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(data(tensor))
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+
+def data(tensor):
+    """The bytes of a tensor."""
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def fingerprint(release, settings):

@@ -62,7 +62,7 @@ class PromptEncoder(Encoder):
 
     def _encode(self, prompts, negative):
         before = "" if negative else self.instruction
-        before_ids = self.tokenizer.tokenizer.encode(before).ids if before else []
+        before_ids = encode_batch(self.tokenizer.tokenizer, [before])[0].ids if before else []
         # The window of 300 tokens is the first and the 299 that end here. It begins at the instruction's last token, a blank
         # that becomes one token with the prompt's first word.
         end = TOKENS + max(len(before_ids) - 2, 0)

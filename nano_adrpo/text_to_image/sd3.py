@@ -126,4 +126,5 @@ SD3 = Family(
     scheduler=Scheduler,
     latents=latents,
     targets=lora.MMDIT_TARGETS,
+    t5="text_encoder_3",
 )

@@ -5,7 +5,9 @@
 
 import argparse
 import math
+import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -90,12 +92,17 @@ def run(parser, **defaults):
     add = parser.add_argument_group("run").add_argument
     add("--config", metavar="FILE", help="a run's config.json: its options, where the command line does not give others")
     add("--out", help="new or empty folder for the run's files; default a new one in runs/")
+    add("--resume", action="store_true", help="go on with the run in --out, with its options; starts it where --out is empty")
+    add("--checkpoint-every", type=positive(int), help="rounds between checkpoints; default one at each evaluation")
+    add("--keep-every", type=positive(int), help="rounds of whose checkpoints each stays; default only the last two stay")
+    patience = "rounds in a row with a loss, gradient or reward that is not finite, which take no step, until the run ends"
+    add("--patience-nonfinite", type=positive(int), default=3, help=patience)
     add("--seed", type=seed, default=0, help="of everything that is drawn")
     add("--device", type=device, default="cpu", help="torch device")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of forward passes; what is trained stays float32")
-    add("--eval-every", type=positive(int), help="rounds between evaluations, with a checkpoint each")
+    add("--eval-every", type=positive(int), help="rounds between evaluations; the model or adapter is saved at each")
     flag(add, "--eval-first", True, "evaluate before the first round, too")
-    flag(add, "--keep-checkpoints", False, "keep every checkpoint, in round-N/, not only the last")
+    flag(add, "--keep-checkpoints", False, "keep the model or adapter of every evaluation, in round-N/, too")
     parser.set_defaults(**defaults)
     return add
 
@@ -111,12 +118,21 @@ def chat(add):
 
 
 def parse(parser, argv):
-    """Command line -> options, those of --config first. Raises InputError naming the file and the option."""
+    """Command line -> options, those of the run to --resume first, then those of --config. Raises InputError naming the file
+    and the option."""
     argv = sys.argv[1:] if argv is None else argv
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    file = config.parse_known_args(argv)[0].config
-    args = parser.parse_args([*(words(parser, file, argv) if file else []), *argv])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--out")
+    first.add_argument("--resume", action="store_true")
+    found = first.parse_known_args(argv)[0]
+    if found.resume and not found.out:
+        raise InputError("--resume: expected with --out, the folder of the run")
+    argv = [*(words(parser, found.config, argv) if found.config else []), *argv]
+    run = Path(found.out) / "config.json" if found.resume else None
+    args = parser.parse_args([*(words(parser, run, argv) if run and run.is_file() else []), *argv])
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: expected one process, started without torchrun")
     if args.lora_rank == 0 and (args.lora_alpha or args.lora_targets):
         raise InputError("--lora-alpha and --lora-targets: expected only with --lora-rank")
     if args.lora_rank and args.adapter:
@@ -135,7 +151,7 @@ def words(parser, file, argv):
     given = {word.partition("=")[0].replace("--no-", "--") for word in argv if word.startswith("--")}
     for name, value in read_json(file).items():
         option = f"--{name.replace('_', '-')}"
-        if name not in actions or name in ("config", "help"):
+        if name not in actions or name in ("config", "resume", "help"):
             raise InputError(f"{file}: key '{name}' is no option of this script")
         if option in given or value is None:
             continue
@@ -152,7 +168,7 @@ def words(parser, file, argv):
 
 def saved(args):
     """All options, given or default, as config.json stores them."""
-    return {name: value for name, value in vars(args).items() if name not in ("out", "config")}
+    return {name: value for name, value in vars(args).items() if name not in ("out", "config", "resume")}
 
 
 def divides(option, size, whole, what):
@@ -165,3 +181,24 @@ def check_range(low, high):
     """Refuses an empty range of the advantage."""
     if not low <= high:
         raise InputError(f"--a-min and --a-max: the advantage's range is [{low}, {high}]; expected A_min ≤ A_max")
+
+
+def refuse_idle(argv, *rules):
+    """Refuses options on the command line (None: the process's own) that have no effect beside the others.
+
+    rules   (whether they have one, what is expected, the options as they are spelt …)
+
+    What --config brings is not asked: a file serves several methods."""
+    given = {str(word).partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    for acts, expected, *names in rules:
+        for name in names:
+            if name in given and not acts:
+                raise InputError(f"{name}: expected only {expected}")
+
+
+def idle_in_training(args):
+    """The rules, see `refuse_idle`, for the options that both training scripts have."""
+    return (
+        (args.lr_schedule != "constant", "with --lr-schedule linear or cosine", "--lr-hold", "--lr-end"),
+        (args.rounds > 0, "with --rounds above 0", "--no-eval-first", "--keep-checkpoints"),
+    )

@@ -4,47 +4,45 @@ import contextlib
 import datetime
 import itertools
 import json
-import os
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 from nano_adrpo import files, lora
-from nano_adrpo.errors import InputError
-from nano_adrpo.training import options
+from nano_adrpo.errors import InputError, NotFinite, writing
+from nano_adrpo.training import checkpoint, options
+from nano_adrpo.training.life import full, refuse_used
 
 
-def refuse_used(out):
-    """Refuses a folder with files in it, before long work: no run writes over another."""
-    if out and Path(out).is_dir() and any(Path(out).iterdir()):
-        raise InputError(f"--out {out}: the folder is not empty; expected a new or empty one")
-
-
-def claim(out, default, config):
-    """Creates the run's folder with its config.json, and prints that; -> its Path.
+def claim(out, default, config, life):
+    """Creates the run's folder with its config.json, and prints that; -> its Path. A run that goes on has its folder already.
 
     out       the folder, new or empty; None takes the first of default, default-2, default-3, … that is new
 
     If two runs claim one folder at the same time, one gets it and the other raises InputError.
     """
-    refuse_used(out)
+    refuse_used(out, resume=True)  # what came there since the start
     for number in itertools.count(1):
-        folder = Path(out or (default if number == 1 else f"{default}-{number}"))
+        folder = life.folder or Path(out or (default if number == 1 else f"{default}-{number}"))
         try:
             folder.mkdir(parents=True, exist_ok=bool(out))
-            (folder / "config.json").touch(exist_ok=False)  # the run that creates this file owns the folder
             break
         except FileExistsError:
             if out:
-                why = "another run has it" if folder.is_dir() else "cannot write there (File exists)"
-                raise InputError(f"--out {out}: {why}; expected a new or empty folder") from None
+                raise InputError(f"--out {out}: cannot write there (File exists); expected a new or empty folder") from None
         except OSError as error:
             raise InputError(f"--out {folder}: cannot write there ({error.strerror})") from None
+    if not life.folder:
+        life.lock(folder)
+        if (folder / "config.json").exists():  # another run came and went since `refuse_used` looked
+            raise InputError(f"--out {out}: another run has it; expected a new or empty folder")
     files.write_json(folder / "config.json", config)
     print(f"{folder}: {json.dumps(config)}", flush=True)
+    life.catch_signals()
     return folder
 
 
@@ -52,9 +50,8 @@ def make_folder(path, out):
     """Creates the folder `path` of the option --out `out` where it is missing; refuses one that cannot be written to."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        probe = Path(path) / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
 
@@ -67,28 +64,56 @@ def new_folder(out):
 
 
 @contextlib.contextmanager
-def at_round(round, saved):
-    """Names the round and the last checkpoint where something fails inside: an InputError stays one line, any other error, such
-    as one in a reward of the user's, keeps its traceback."""
+def at_round(args, out, round, phases):
+    """Names the round and the last checkpoint where something fails inside: an InputError stays one line, and a GPU that is
+    full becomes one; any other error, such as one in a reward of the user's, keeps its traceback."""
     try:
         yield
     except InputError as error:
-        raise type(error)(f"round {round}: {error}; last good checkpoint: {saved}") from None
+        raise type(error)(f"round {round}: {error}; last checkpoint: {checkpoint.last(out)}") from None
+    except torch.OutOfMemoryError as error:
+        batch = "--rollout-batch" if hasattr(args, "rollout_batch") else "--eval-batch"
+        lower = f"less is needed with a smaller --micro-batch or {batch}, or with --gradient-checkpointing"
+        where = f"round {round}, {phases.phase}"
+        raise InputError(f"{where}: {full(error)}; {lower}; last checkpoint: {checkpoint.last(out)}") from None
     except Exception as error:
-        error.add_note(f"In round {round}; last good checkpoint: {saved}")
+        error.add_note(f"In round {round}; last checkpoint: {checkpoint.last(out)}")
         raise
 
 
-def save_checkpoint(network, save_model, args, out, ema, round):
-    """Writes what is trained, as its moving average: adapter/ in PEFT's format, or model/ by `save_model(folder)`; with
-    --keep-checkpoints also below round-N/. -> words that name it"""
-    for folder in [out, *([out / f"round-{round}"] if args.keep_checkpoints else [])]:
+@contextlib.contextmanager
+def skipping(args, memory):
+    """A round with a reward, a loss or a gradient that is not finite ends where that shows, before the step. It is warned of
+    and logged as skipped; --patience-nonfinite such rounds in a row raise NotFinite, which names the prompts.
+
+    -> a dict, what the round logs; and a list for its prompts: while it is empty nothing is skipped
+    """
+    values, prompts = {}, []
+    try:
+        yield values, prompts
+    except NotFinite as error:
+        if not prompts:
+            raise
+        memory["skipped"] += 1
+        names = ", ".join(repr(prompt[:60]) for prompt in prompts[:3]) + ", …" * (len(prompts) > 3)
+        if memory["skipped"] >= args.patience_nonfinite:
+            rounds = f"{memory['skipped']} of --patience-nonfinite {args.patience_nonfinite} such rounds in a row"
+            raise NotFinite(f"{error}; prompts {names}; {rounds}") from None
+        print(f"warning: a round without a step: {error}; prompts {names}", flush=True)
+        values["skipped"] = 1
+    else:
+        memory["skipped"] = 0 if prompts else memory["skipped"]
+
+
+def save_model(network, save, args, out, ema, round):
+    """Writes what was trained in `round` rounds, as its moving average, for whoever opens it: adapter/ in PEFT's format, or
+    model/ by `save(folder)`; with --keep-checkpoints also below round-N/. Round 0 has trained nothing."""
+    for folder in [out, *([out / f"round-{round}"] if args.keep_checkpoints else [])] if round else []:
         with ema.applied():
             if options.adapted(args):
                 lora.save(network, folder / "adapter")
             else:
-                save_model(folder / "model")
-    return f"{out / ('adapter' if options.adapted(args) else 'model')} (round {round})"
+                save(folder / "model")
 
 
 class Phases:
@@ -135,7 +160,7 @@ class Log:
     def write(self, round, values, spent=""):
         """values: {name: number} of the round; {NAME: {metric: number}} of an evaluation, with {NAME_error: {metric: standard
         error}} where errors are known. spent: words about time."""
-        with open(self.file, "a", encoding="utf-8") as file:
+        with writing(self.file), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"round": round, **values}) + "\n")
         words = [f"{name} {value:.3g}" for name, value in values.items() if not isinstance(value, dict)]
         if round == 0:
@@ -152,9 +177,10 @@ class Log:
                 print("  ".join([f"  {name}", *words]), flush=True)
 
 
-def rounds(args):
-    """The rounds of a run: 0, which only evaluates and which --no-eval-first leaves out, then 1 … --rounds."""
-    return range(0 if args.eval_first or args.rounds == 0 else 1, args.rounds + 1)
+def rounds(args, done):
+    """The rounds of a run behind those that are done: 0, which only evaluates and which --no-eval-first leaves out, then 1 …
+    --rounds."""
+    return range(max(done + 1, 0 if args.eval_first or args.rounds == 0 else 1), args.rounds + 1)
 
 
 def evaluation_is_due(args, round):
@@ -162,11 +188,12 @@ def evaluation_is_due(args, round):
     return round % args.eval_every == 0 or round == args.rounds
 
 
-def scale(args, deviation):
+def scale(args, found):
     """Prints what β0 comes to. -> the unit of --beta-unit in units of the reward, and β0 in units of the reward
 
-    deviation   the reward's deviation within a group, in units of the reward
+    found   the first evaluation, {name: Evaluation}: of the training prompts' it takes the reward's deviation within a group
     """
+    deviation = found.get("eval_train", found["eval"]).values["reward_std"]
     if args.beta_unit == "reward":
         print(f"β0 = {args.beta0:g} in units of the reward, whose deviation within a group is {deviation:.3g}", flush=True)
         return 1.0, args.beta0

@@ -86,18 +86,21 @@ def learning_rate(args, round):
 
 
 def optimizer_step(optimizer, loss, args, ema):
-    """One AdamW step on the gradients that were summed up, clipped to --clip-grad; then zeroes them. -> their norm before
+    """One AdamW step on the gradients that were summed up, clipped to --clip-grad; then zeroes them. -> the loss and their norm
+    before, as numbers: the one time in a step that the CPU waits for a GPU
 
-    loss   a number. Raises NotFinite, before anything changes, where it or the norm is not finite
+    loss   a number or a tensor of one. Where it or the norm is not finite, raises NotFinite: no step, no gradients left
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad).item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+    loss, norm = torch.stack([torch.as_tensor(loss, dtype=torch.float64, device=norm.device), norm.double()]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.zero_grad()
         raise NotFinite(f"loss {loss}, gradient norm {norm}")
     optimizer.step()
     optimizer.zero_grad()
     ema.update()
-    return norm
+    return loss, norm
 
 
 class MovingAverage:

@@ -48,3 +48,7 @@ def test_json_has_null_for_an_error_that_is_not_a_number():
     text = json.dumps(tables.as_json(rows), allow_nan=False)
     assert json.loads(text)[0]["final"] == {"x": [1.0, None], "y": [2.0, 0.5]}
     assert math.isnan(rows[0]["final"]["x"][1])  # unchanged
+
+
+def test_a_cell_does_not_end_at_a_bar_in_its_text():
+    assert tables.markdown(["a", "b"], [["x|y", "z"]]) == "| a | b |\n| --- | --- |\n| x\\|y | z |\n"

@@ -153,7 +153,7 @@ BAD = {
     "filter": (png(2, 1, 0, [bytes([5, 1, 2])]), "row filter 5"),
     "too few rows": (png(2, 2, 0, ROW), "its pixels are not the 6 bytes that 2 × 2 take"),
     "too many rows": (png(2, 1, 0, ROW * 9), "its pixels are not the 3 bytes that 2 × 1 take"),
-    "a size beyond memory": (png(2**31 - 1, 2**31 - 1, 2, ROW), "its pixels are not the"),
+    "a size beyond memory": (png(2**31 - 1, 2**31 - 1, 2, ROW), "2147483647 × 2147483647 pixels; expected at most 16,777,216"),
     "not zlib": (WHOLE[:33] + chunk(b"IDAT", b"pixels") + chunk(b"IEND", b""), r"damaged PNG \(Error -3"),
     "cut zlib": (WHOLE[:33] + chunk(b"IDAT", zlib.compress(ROW[0])[:-2]) + chunk(b"IEND", b""), "its pixels are not"),
     "no palette": (png(2, 1, 3, ROW), "not in the palette"),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nano_adrpo.language.rollout import roll_out
+from nano_adrpo.language.rollout import roll_out, score_all
 from nano_adrpo.rewards.answers import exact_answer
 from nano_adrpo.rewards.text import Problem
 
@@ -20,12 +20,15 @@ class Letters:
         ids = torch.tensor([[0] * (width - len(prompt)) + [*map(ord, prompt)] for prompt in prompts])
         return ids, (ids > 0).long()
 
+    def clips(self, prompts):
+        return None
+
     def decode(self, ids, mask):
         return ["".join(chr(index) for index in row[keep.bool()]) for row, keep in zip(ids, mask)]
 
 
 def model(completion):
-    def generate(ids, mask, max_new_tokens, eos, ended, generator, temperature):
+    def generate(ids, mask, max_new_tokens, eos, ended, generator, clips, temperature):
         new = torch.tensor([[*map(ord, completion)]] * len(ids))
         return torch.cat([ids, new], dim=1), torch.ones_like(new)
 
@@ -40,3 +43,14 @@ def test_a_thought_that_the_prompt_opens_is_part_of_the_text(completion, right):
     assert rollout.texts == ["<think>" + completion, completion, completion]
     assert exact_answer(rollout.texts[0], 42) == right
     assert Letters().decode(rollout.ids, rollout.seen)[2] == "<think></think>\n\nb" + completion
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_without_padding_on_the_left_need_no_mask(padded):
+    prompts, masks = ["ab", "a" if padded else "cd"], []
+    drawn = roll_out(model("xy"), Letters(), [Problem(prompt) for prompt in prompts], 20, 100, temperature=1.0)
+    scorer = SimpleNamespace(token_logprobs=lambda ids, mask, *_: masks.append(mask) or ids[:, -2:].float())
+    assert score_all(scorer, drawn, 1).tolist() == [[ord("x"), ord("y")]] * 2
+    assert [mask if mask is None else mask.tolist() for mask in masks] == (
+        [[[1] * 4], [[0, 1, 1, 1]]] if padded else [None] * 2
+    )

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from nano_adrpo.language.sampling import Cache, probabilities
+from bench.measure import Operations
+from nano_adrpo.language.sampling import Cache, draw, probabilities
 from nano_adrpo.models.decoder import Config, Decoder
 
 IDS = torch.tensor([[1, 5, 2, 12, 7, 7, 0, 3], [4, 4, 9, 11, 8, 6, 10, 2]])
@@ -129,6 +130,79 @@ def test_sampled_frequencies_follow_the_distribution(model):
             assert (((counts - expected) ** 2)[keep] / expected[keep]).sum() < quantile
 
 
+def test_a_rows_tokens_come_from_its_own_numbers(model):
+    """Its completion is the same whatever stands beside it, and however the rows are split: the second half's numbers follow
+    the first half's."""
+    prompts = IDS[[0, 1, 1, 0, 0, 1]]
+    whole, mask = model.generate(prompts, None, 6, eos=[3, 5], generator=generator())
+    assert len(set(mask.sum(dim=1).tolist())) > 1  # rows leave the batch
+    for sizes in ([3, 3], [1, 5], [1] * 6):
+        same, done = generator(), 0
+        for rows in prompts.split(sizes):
+            out, _ = model.generate(rows, None, 6, eos=[3, 5], generator=same)
+            assert torch.equal(out, whole[done : done + len(rows), : out.shape[1]])
+            done += len(rows)
+    other = prompts.clone()
+    other[0] = 6
+    out, _ = model.generate(other, None, 6, eos=[3, 5], generator=generator())
+    columns = min(out.shape[1], whole.shape[1])
+    assert torch.equal(out[1:, :columns], whole[1:, :columns])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5}, {"eos": [3, 5]}])
+def test_fixed_and_compiled_steps_draw_the_same(model, monkeypatch, padded, options):
+    compiled = []  # by torch.compile's tracing alone; the code that inductor writes takes minutes here
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda run, **how: compiled.append(how) or compile(run, backend="eager", dynamic=False)
+    )
+    prompts, mask = IDS[[0, 0, 1, 1, 1, 0]], torch.ones(6, 8, dtype=torch.long)
+    if padded:
+        mask[1, :3], mask[4, :7] = 0, 0
+    expected, *others = (
+        model.generate(prompts, mask, 40, generator=generator(), steps=steps, **options)
+        for steps in (None, "growing", "fixed", "compiled")
+    )
+    for out, completion in others:
+        assert torch.equal(out, expected[0]) and torch.equal(completion, expected[1])
+    assert compiled == [{"mode": "reduce-overhead", "dynamic": False}]
+
+
+def test_fixed_steps_have_one_shape_and_are_waited_for_once_in_sixteen(model):
+    """Every operation of 256 tokens reads the shapes of the token before, and the CPU reads no number of the device but the
+    answer to one question in 16 tokens: have all ended, is a logit no number?"""
+    model.config.max_position_embeddings = 512
+
+    def seen(new, steps):
+        with Operations() as operations:
+            out, _ = model.generate(IDS[[0, 1, 1]], None, new, eos=[], generator=generator(), steps=steps)
+        assert out.shape == (3, 8 + new)
+        return operations
+
+    fewer, more = seen(16, "fixed"), seen(256, "fixed")
+    assert more.waits - fewer.waits == 2 * (256 - 16) / 16
+    each, rest = divmod(len(more.shapes) - len(fewer.shapes), 240 // 16)
+    assert rest == 0  # each 16 tokens cost the same operations
+    for tokens in range(1, 240 // 16):
+        assert more.shapes[-40 - each * (tokens + 1) : -40 - each * tokens] == more.shapes[-40 - each : -40]
+    assert seen(32, "growing").waits - seen(16, "growing").waits > 2 * 16  # which a GPU would wait for at every token
+
+
+def test_a_draw_inverts_the_running_sum():
+    # A million numbers in equal steps: each token gets its share of them to within one, and one of probability 0 none, at the
+    # ends and inside. The probabilities need not add up to 1.
+    probs = torch.tensor([0.0, 0.25, 0.0, 1e-5, 0.5, 0.25, 0.0]) * 1.7
+    u = (torch.arange(10**6, dtype=torch.float64) + 0.5) / 10**6
+    counts = torch.bincount(draw(probs.expand(len(u), -1), u), minlength=7)
+    torch.testing.assert_close(counts, (probs / probs.sum() * 10**6).round().long(), atol=1, rtol=0)
+    assert (counts[probs == 0] == 0).all()
+    # The largest number below 1 still is below the whole sum, though the sum of these float32 is not 1.
+    probs = torch.cat([torch.full((1, 1000), 0.1), torch.zeros(1, 1000)], dim=1).softmax(dim=-1) * (torch.arange(2000) < 1000)
+    for last in (1 - 2**-53, 0.0):
+        assert draw(probs, torch.tensor([last], dtype=torch.float64)).item() == (999 if last else 0)
+
+
 def test_ids_may_be_int32(model):
     for eos in (None, [3, 0]):
         (out, mask), (expected, _) = (model.generate(x, None, 9, temperature=0, eos=eos) for x in (IDS.int(), IDS))
@@ -174,7 +248,7 @@ def test_top_p_reaches_p_in_spite_of_rounding(p, kept):
 def test_logits_that_are_not_finite_are_refused(model):
     for bad in (math.nan, math.inf):
         model.lm_head.weight.data[4, 4] = bad
-        for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        for options in ({}, {"top_k": 3}, {"top_p": 0.9}, {"steps": "fixed"}):
             with pytest.raises(FloatingPointError, match="a logit is not finite, so that no token can be sampled"):
                 model.generate(IDS, None, 4, **options)
 

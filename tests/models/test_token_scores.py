@@ -7,7 +7,9 @@ import pytest
 import torch
 from decoder_models import IDS, folder
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench.measure import Operations
 from nano_adrpo.models import token_scores
 from nano_adrpo.models.decoder import Decoder
 from nano_adrpo.models.token_scores import TokenScores
@@ -54,13 +56,40 @@ def test_token_logprobs_equal_log_softmax_and_gather(tmp_path, monkeypatch, fami
     torch.testing.assert_close(model.token_logprobs(IDS, mask, start, temperature), logp)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_under_a_frozen_head_the_gradient_is_the_same_and_backward_computes_no_logits(tmp_path, family, temperature):
+    model = Decoder.from_pretrained(folder(tmp_path / family, family))
+    upstream, gradients = torch.arange(14.0).view(2, 7).cos(), []
+    head = model.lm_head.weight if family == "qwen3" else model.model.embed_tokens.weight
+    for trained in (True, False):
+        model.zero_grad()
+        head.requires_grad_(trained)
+        logp = model.token_logprobs(IDS, temperature=temperature)
+        with FlopCounterMode(display=False) as counter:
+            (logp * upstream).sum().backward()
+        gradients.append([p.grad.clone() for p in model.model.layers.parameters()])
+        if trained:
+            flops = counter.get_total_flops()
+    assert head.grad is None and flops - counter.get_total_flops() == 2 * 2 * 14 * 13 * 16  # logits, and of hidden
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+def test_no_entropy_where_nobody_asks(model, monkeypatch):
+    with Operations() as without:
+        model.token_logprobs(IDS)
+    with Operations() as with_it:
+        model.token_logprobs(IDS, entropy=True)
+    assert len(with_it.names) - len(without.names) >= 4  # exp, times, sum, minus
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_the_heads_gradient_is_summed_in_float32(monkeypatch, dtype, tolerance):
     # 2,000 positions, each a chunk of its own: a running sum in half precision would stop growing at 2⁸ or 2¹¹ times the
     # summands, or drift. The hidden states are 1 and W is 0, so that each adds (1 at the token − 1/V) exactly.
     monkeypatch.setattr(token_scores, "CHUNK", 8)
     hidden, weight = torch.ones(2000, 4, dtype=dtype), torch.zeros(8, 4, dtype=dtype, requires_grad=True)
-    TokenScores.apply(hidden, weight, torch.zeros(2000, dtype=torch.long), 1.0, None)[0].sum().backward()
+    TokenScores.apply(hidden, weight, torch.zeros(2000, dtype=torch.long), 1.0, None, False)[0].sum().backward()
     expected = (torch.eye(8)[0] - 1 / 8)[:, None].expand(8, 4) * 2000
     torch.testing.assert_close(weight.grad.float(), expected, rtol=tolerance, atol=0)
 

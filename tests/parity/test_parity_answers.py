@@ -1,5 +1,7 @@
 r"""--reward math says what math-verify says, in bounded time, whatever the completion."""
 
+import sys
+
 import math_verify
 import pytest
 
@@ -32,6 +34,6 @@ def test_a_hostile_answer_is_wrong_and_ends_in_time(monkeypatch):
 
 
 def test_a_library_that_does_not_start_is_one_line(monkeypatch):
-    monkeypatch.setattr(expressions.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ValueError, match="--reward math: the library math-verify does not start"):
         parse(["math"])([r"\boxed{x}"], [Problem("?", "y")])

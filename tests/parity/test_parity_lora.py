@@ -57,6 +57,11 @@ def output(model):
     return model(latents, context, pooled, 1000 * sigma).sample
 
 
+def agree(a, b):
+    """Whether float32's rounding alone parts them: ours rounds W·x + s·B·A·x once, PEFT three times."""
+    return (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
+
+
 def adapted(model, targets, rank=4, alpha=6.0):
     """Ours, with adapters of which no matrix is zero."""
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +85,7 @@ def test_pefts_adapter_opens_here(tmp_path, kind, models, rank, alpha):
     ours = models[1]()
     lora.load(ours, tmp_path / "adapter")
     expected, base = output(theirs), output(models[1]())
-    assert (output(ours) - expected).abs().max() < 1e-5 < 0.1 < (expected - base).abs().max()
+    assert agree(output(ours), expected) and 0.1 < (expected - base).abs().max()
     trained, _ = theirs.get_nb_trainable_parameters()
     assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == trained
     merged = theirs.merge_and_unload()
@@ -123,13 +128,13 @@ def test_an_adapter_of_any_pattern_opens_here_and_goes_back(tmp_path, options):
     expected, plain = output(theirs), output(Decoder.from_pretrained(base))
     for folder in (tmp_path / "adapter", literal):
         ours = lora.load(Decoder.from_pretrained(base), folder)
-        assert (output(ours) - expected).abs().max() < 1e-5 < 0.1 < (expected - plain).abs().max()
+        assert agree(output(ours), expected) and 0.1 < (expected - plain).abs().max()
     lora.save(ours, tmp_path / "again")
     again = PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(base), tmp_path / "again").eval()
-    assert (output(again) - expected).abs().max() < 1e-5
+    assert agree(output(again), expected)
     lora.merge_files(base, literal, tmp_path / "merged")
     model, report = Qwen3ForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not any(report.values()) and (output(model) - expected).abs().max() < 1e-5
+    assert not any(report.values()) and agree(output(model), expected)
 
 
 def test_merging_files_is_pefts_merging(tmp_path, kind, models):
@@ -162,7 +167,7 @@ def test_ranks_of_diffusers_own_file_without_a_header(tmp_path):
     ours = lora.load(MMDiT.from_pretrained(tmp_path / "base"), tmp_path / "a style.safetensors")
     again = SD3Transformer2DModel.from_pretrained(tmp_path / "base")
     again.load_lora_adapter(tmp_path, weight_name="a style.safetensors")
-    assert (output(ours) - output(theirs)).abs().max() < 1e-5 and (output(again) - output(theirs)).abs().max() < 1e-5
+    assert agree(output(ours), output(theirs)) and agree(output(again), output(theirs))
 
 
 @pytest.mark.parametrize("saved_by, alpha", [("model", 6), ("pipeline", 6), ("older pipeline", 3)])
@@ -180,7 +185,7 @@ def test_diffusers_own_file_opens_here(tmp_path, saved_by, alpha):
     base = MMDiT.from_pretrained(tmp_path / "base")
     ours = lora.load(MMDiT.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     expected = output(theirs)
-    assert (output(ours) - expected).abs().max() < 1e-5 < 0.1 < (expected - output(base)).abs().max()
+    assert agree(output(ours), expected) and 0.1 < (expected - output(base)).abs().max()
     lora.save(ours, tmp_path / "again")
     torch.testing.assert_close(output(lora.load(base, tmp_path / "again")), output(ours), rtol=0, atol=0)
 
@@ -190,9 +195,9 @@ def test_our_adapter_opens_in_peft(tmp_path, kind, models):
     lora.save(ours, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(models[0](), tmp_path / "adapter").eval()
     expected = output(ours)
-    assert (output(theirs) - expected).abs().max() < 1e-5
+    assert agree(output(theirs), expected)
     with theirs.disable_adapter(), lora.disabled(ours):
-        assert (output(theirs) - output(ours)).abs().max() < 1e-5 < 0.1 < (output(ours) - expected).abs().max()
+        assert agree(output(theirs), output(ours)) and 0.1 < (output(ours) - expected).abs().max()
 
 
 def test_our_adapter_opens_in_diffusers_and_transformers_themselves(tmp_path, kind, models):
@@ -202,7 +207,7 @@ def test_our_adapter_opens_in_diffusers_and_transformers_themselves(tmp_path, ki
         theirs.load_adapter(str(tmp_path / "adapter"))
     else:
         theirs.load_lora_adapter(tmp_path / "adapter", prefix="base_model.model", weight_name="adapter_model.safetensors")
-    assert (output(theirs) - output(ours)).abs().max() < 1e-5  # alpha is not the rank, so it has been read
+    assert agree(output(theirs), output(ours))  # alpha is not the rank, so it has been read
 
 
 def test_bfloat16_bases_agree(tmp_path, kind, models):

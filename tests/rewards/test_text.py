@@ -25,7 +25,8 @@ def test_names_and_weights():
     assert scores("exact") == {"reward": RIGHT} and scores("format@2") == {"reward": [2, 2, 0, 0, 0]}
     assert scores("exact@2", "format@-0.5") == {"reward": [-0.5, 1.5, 2, 0, 0], "exact": RIGHT, "format": STATED}
     with pytest.raises(
-        ValueError, match="expected one of exact, format, math, reward_model:FOLDER, FILE.py:FUNCTION, a reward_model"
+        ValueError,
+        match="one of exact, format, math, choice, answer_format, reward_model:FOLDER, FILE.py:FUNCTION, a reward_model",
     ):
         scores("deceptive")
 

@@ -51,6 +51,20 @@ def test_a_bad_config_is_refused(tmp_path, capsys):
     assert "nowhere.json: no such file" in refused(capsys, lambda: options.parse(parser(), ["--config", "nowhere.json"]))
 
 
+def test_a_run_goes_on_with_its_own_options(tmp_path, capsys, monkeypatch):
+    first = options.saved(options.parse(parser(), ["--rounds", "7", "--low", "-8", "--words", "a", "b"]))
+    again = ["--resume", "--out", str(tmp_path)]
+    assert options.parse(parser(), [*again, "--seed", "3"]).rounds == 5  # no run there yet
+    (tmp_path / "config.json").write_text(json.dumps(first))
+    (tmp_path / "other.json").write_text('{"rounds": 8, "seed": 4}')
+    assert options.saved(options.parse(parser(), again)) == first
+    given = options.parse(parser(), [*again, "--config", str(tmp_path / "other.json"), "--seed", "3"])
+    assert (given.rounds, given.seed, given.low) == (8, 3, -8)  # the run's, the file's, the command line's: the last one counts
+    assert "--resume: expected with --out" in refused(capsys, lambda: options.parse(parser(), ["--resume"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is 2: expected one process" in refused(capsys, lambda: options.parse(parser(), []))
+
+
 def test_the_types_of_options():
     for kind, good, bad in (
         (options.positive(int), {"3": 3}, ("0", "-1", "1.5")),

@@ -1,9 +1,11 @@
 """training/run.py: the run folder, phases, what an error names."""
 
+import argparse
+import contextlib
 import json
+import os
 import re
-import subprocess
-import sys
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,31 +13,51 @@ import torch
 
 from nano_adrpo.errors import InputError, NotFinite
 from nano_adrpo.training import run
+from nano_adrpo.training.life import Life, refuse_used
 
 
 def test_a_folder_is_claimed_by_one_run(tmp_path):
     def claim(seed):
         try:
-            return run.claim(tmp_path / "run", "unused", {"seed": seed})
+            return run.claim(tmp_path / "run", "unused", {"seed": seed}, lives[seed])
         except InputError as error:
             return str(error)
 
+    lives = [Life() for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(claim, range(8)))
     (winner,) = [seed for seed, result in enumerate(results) if result == tmp_path / "run"]
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"seed": winner}
     refusals = [result for result in results if isinstance(result, str)]
     assert len(refusals) == 7 and all(result.startswith(f"--out {tmp_path / 'run'}: ") for result in refusals)
+    lives[winner].close()  # it ended; the folder stays its own
+    with pytest.raises(InputError, match="another run has it"):
+        run.claim(tmp_path / "run", "unused", {}, Life())
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path):
-    code = "import sys; from nano_adrpo.training import run; run.claim(sys.argv[1], 'unused', {})"
-    started = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert sorted(process.wait() for process in started) == [0, 1]
+def test_of_two_processes_one_gets_the_folder(tmp_path):
+    for pair in range(12):
+        (start, starts), (end, ends) = os.pipe(), os.pipe()
+        for seed in range(2):
+            if os.fork() == 0:
+                try:
+                    os.read(start, 1)  # both begin at once
+                    run.claim(tmp_path / str(pair), "unused", {"seed": seed}, life := Life())
+                    os.read(end, 1)  # and the one that has it lives until the other is through
+                    os._exit(life is None)
+                except InputError as error:
+                    os._exit(2 if "another run has it" in str(error) else 3)
+        os.write(starts, b"xx")
+        _, first = os.wait()
+        os.write(ends, b"x")
+        _, other = os.wait()
+        assert (os.waitstatus_to_exitcode(first), os.waitstatus_to_exitcode(other)) == (2, 0), pair
+        for descriptor in (start, starts, end, ends):
+            os.close(descriptor)
 
 
 def test_the_default_folder_is_the_next_new_one(tmp_path):
-    folders = [run.claim(None, tmp_path / "flow", {}) for _ in range(3)]
+    folders = [run.claim(None, tmp_path / "flow", {}, Life()) for _ in range(3)]
     assert [folder.name for folder in folders] == ["flow", "flow-2", "flow-3"]
 
 
@@ -44,17 +66,66 @@ def test_a_folder_that_is_not_empty_or_not_writable_is_refused(tmp_path):
     (tmp_path / "run" / "notes").write_text("mine")
     for path, message in (("run", "the folder is not empty"), ("run/notes", ""), ("run/notes/deeper", "cannot write there")):
         with pytest.raises(InputError, match=f"--out {tmp_path / path}: .*{message}"):
-            run.claim(tmp_path / path, "unused", {})
+            run.claim(tmp_path / path, "unused", {}, Life())
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes"] and (tmp_path / "run" / "notes").read_text() == "mine"
-    assert run.claim(tmp_path / "new", "unused", {}) == tmp_path / "new"
+    assert run.claim(tmp_path / "new", "unused", {}, Life()) == tmp_path / "new"
 
 
-def test_an_error_in_a_round_names_it():
-    with pytest.raises(NotFinite, match="^round 3: loss nan; last good checkpoint: x$"), run.at_round(3, "x"):
-        raise NotFinite("loss nan")
-    with pytest.raises(ValueError, match="^a bug") as bug, run.at_round(3, "x"):
+def test_only_what_a_run_left_is_taken_up(tmp_path):
+    for left, resume, refused in (
+        ({"config.json": "{}"}, False, "expected a new or empty one"),
+        ({"config.json": "{}", "notes": "mine"}, True, None),
+        ({"metrics.jsonl": "", ".config.json.17.tmp": "{"}, True, None),  # killed while it claimed the folder
+        ({"metrics.jsonl": "mine"}, True, "expected a run or a new or empty one"),
+        ({"notes": "mine"}, True, "expected a run or a new or empty one"),
+    ):
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        for name, content in left.items():
+            (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=refused) if refused else contextlib.nullcontext():
+            refuse_used(tmp_path, resume)
+
+
+def test_an_error_in_a_round_names_it(tmp_path):
+    phases, args = run.Phases("cpu"), argparse.Namespace(rollout_batch=None)
+    phases.begin("update")
+    with pytest.raises(NotFinite, match="^round 3: loss nan; last checkpoint: none yet$"):
+        with run.at_round(args, tmp_path, 3, phases):
+            raise NotFinite("loss nan")
+    (tmp_path / "checkpoints" / "step-2").mkdir(parents=True)
+    last = tmp_path / "checkpoints" / "step-2"
+    with pytest.raises(ValueError, match="^a bug") as bug, run.at_round(args, tmp_path, 3, phases):
         raise ValueError("a bug")
-    assert bug.value.__notes__ == ["In round 3; last good checkpoint: x"]
+    assert bug.value.__notes__ == [f"In round 3; last checkpoint: {last}"]
+    for options, batch in ((args, "--rollout-batch"), (argparse.Namespace(), "--eval-batch")):
+        with pytest.raises(InputError) as full, run.at_round(options, tmp_path, 3, phases):
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB"
+            )
+        assert str(full.value) == (
+            "round 3, update: out of GPU memory, 2.50 GiB more were asked for; less is needed with a smaller --micro-batch or "
+            f"{batch}, or with --gradient-checkpointing; last checkpoint: {last}"
+        )
+
+
+def test_rounds_that_are_not_finite_are_skipped_and_counted(capsys):
+    args, memory, seen = argparse.Namespace(patience_nonfinite=3), {"skipped": 0}, []
+    for fails in (True, True, False, True, True):
+        with run.skipping(args, memory) as (values, involved):
+            involved += ["a green two", "a blue nine"]
+            if fails:
+                raise NotFinite("loss nan")
+        seen.append((memory["skipped"], values))
+    assert seen == [(1, {"skipped": 1}), (2, {"skipped": 1}), (0, {}), (1, {"skipped": 1}), (2, {"skipped": 1})]
+    line = "warning: a round without a step: loss nan; prompts 'a green two', 'a blue nine'"
+    assert capsys.readouterr().out.splitlines() == [line] * 4
+    with pytest.raises(NotFinite, match="loss nan; prompts 'a', 'b', 'c', …; 3 of --patience-nonfinite 3 such rounds in a row"):
+        with run.skipping(args, memory) as (values, involved):
+            involved += "abcd"
+            raise NotFinite("loss nan")
+    with pytest.raises(NotFinite, match="^logits$"), run.skipping(args, {"skipped": 0}):  # nothing was drawn: round 0
+        raise NotFinite("logits")
 
 
 def test_phases_add_up_and_start_anew():

@@ -73,7 +73,7 @@ def test_a_step_clips_the_gradient_zeroes_it_and_updates_the_average():
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer, ema = torch.optim.SGD([weight], 1.0), MovingAverage([weight], 0.5)
     weight.grad = torch.tensor([3.0, 4.0])
-    assert optimizer_step(optimizer, 0.1, options(clip_grad=0.5), ema) == pytest.approx(5)
+    assert optimizer_step(optimizer, 0.1, options(clip_grad=0.5), ema) == (0.1, pytest.approx(5))
     assert torch.allclose(weight, torch.tensor([-0.3, -0.4])) and weight.grad is None  # a step of length 0.5
     assert torch.allclose(ema.average[0], torch.tensor([-0.15, -0.2]))
     for loss, grad in ((float("nan"), [1.0, 0.0]), (0.1, [float("inf"), 0.0])):
