@@ -3,6 +3,7 @@
     python train_flow.py                                             # the digits demo, on the CPU
     python train_flow.py --method fixed-beta                         # a baseline: the same loss, other coefficients
     python train_flow.py --config docs/sd3.json --model SD3_FOLDER --reward clip_score:CLIP_FOLDER --prompts prompts.txt
+    torchrun --nproc-per-node 4 train_flow.py …                      # the same run on four GPUs: docs/many_gpus.md
 
 One round: draw prompts, roll out a group of images for each by integrating the policy's ODE, reward them, turn rewards into
 advantages and coefficients, take a few gradient steps on fresh times and noises, log. The reference is a frozen copy of the
@@ -10,6 +11,8 @@ policy at the start or, with --lora-rank, the policy with its adapters off (with
 to --out: config.json, metrics.jsonl, model/ (diffusers' layout) or adapter/ (PEFT's) and, with matplotlib, before_after.png,
 evolution.png and curves.png.
 """
+
+from pathlib import Path
 
 import torch
 
@@ -21,8 +24,10 @@ from nano_adrpo.rewards import function, images
 from nano_adrpo.text_to_image import TextToImage
 from nano_adrpo.text_to_image.prompts import cached, read_prompts
 from nano_adrpo.training import checkpoint, options, run
+from nano_adrpo.training.distributed import divided, each, first_before_others, gather, mine, once
 from nano_adrpo.training.life import alive
 from nano_adrpo.training.options import finite, flag, positive
+from nano_adrpo.training.sharding import shard, whole
 from nano_adrpo.training.step import (
     MovingAverage,
     autocast,
@@ -79,14 +84,14 @@ def main(argv, life):
                 drawn = drawn.repeat_interleave(args.group_size)  # [N], rows of `prompts` and `condition`
                 asked, told = [texts[row] for row in drawn.tolist()], condition[drawn].to(args.device)
                 involved += asked[:: args.group_size]
-                with autocast(args):
-                    x1, pixels = policy.draw(noise(len(asked)), told, **sampling, batch=args.rollout_batch)
+                with whole(policy.transformer), autocast(args):
+                    x1, pixels = policy.draw(mine(noise(len(asked))), mine(told), **sampling)
 
-                # 2. Reward: R [N], and the terms of this weighted sum. Pixels are on the CPU; reward models go to --device and
-                # back; the numbers come back on the CPU.
+                # 2. Reward: R [N], and the terms of this weighted sum, on the CPU, as the pixels are; models go to --device.
                 phases.begin("reward")
                 with reward.on(args.device):
-                    rewards = reward(pixels, asked, args.rollout_batch)
+                    rewards = reward(pixels, mine(asked), sampling["batch"])
+                x1, rewards = gather((x1, rewards))  # of all processes, where there are several
                 R = rewards["reward"].to(args.device) / memory["unit"]  # in --beta-unit, as β0 and the clip are
 
                 # 3. Advantages A [N] within the groups. The method's line above turns them into weight and beta [N].
@@ -101,7 +106,7 @@ def main(argv, life):
                     count, losses = len(x1) // share, []
                     t = draw_times(args, count, generator).to(args.device).repeat_interleave(share)
                     x0 = noise(count).repeat_interleave(share, dim=0)  # fresh noise, not the rollout's (docs/questions.md)
-                    for i in torch.arange(len(x1), device=args.device).split(share * (args.micro_batch or count)):
+                    for i in mine(torch.arange(len(x1), device=args.device)).split(share * each(args.micro_batch or count)):
                         x_t, u = adrpo.interpolate(x0[i], x1[i], t[i])
                         with autocast(args):
                             v = policy.velocity(x_t, t[i], told[i])
@@ -121,7 +126,7 @@ def main(argv, life):
         # 6. Evaluate the moving average on training and on held-out prompts, from the same noises in every run; save it.
         if run.evaluation_is_due(args, round):
             phases.begin("evaluation")
-            with run.at_round(args, out, round, phases), ema.applied(), autocast(args):
+            with run.at_round(args, out, round, phases), ema.applied(), whole(policy.transformer), autocast(args):
                 found = {
                     name: evaluate(policy, condition, texts, reward, judge, reference_velocity, rows=rows,
                                    categories=categories, shape=shape, **sampling, **evaluation(args))
@@ -176,12 +181,12 @@ def open_task(args):
 
 def integration(args):
     """The options of sampling, for TextToImage.draw."""
-    return {"guidance": args.guidance, "method": args.ode_method}
+    return {"guidance": args.guidance, "method": args.ode_method, "batch": each(args.rollout_batch)}
 
 
 def evaluation(args):
     """The options of an evaluation, for evaluation.images.evaluate."""
-    return {"samples": args.eval_samples, "batch": args.rollout_batch, "device": args.device}
+    return {"samples": args.eval_samples, "device": args.device, "mine": mine, "gather": gather}
 
 
 def to_evaluate(args, prompts, held_out):
@@ -200,34 +205,37 @@ def open_policy(args, prompts, generator):
     # Read the headers first: a part that is missing or does not fit is reported before the prompts are encoded.
     headers = TextToImage.from_pretrained(args.model, dtype, "meta", args.base, encoders=False)
     latent_shape(args, headers)
-    add_adapter(args, headers)
+    add_adapter(args, headers, "meta")
     encoded = None
     if args.prompts:  # encode, then drop the text encoders; if the embeddings are on disk, they are not loaded at all
         file = args.embeddings or f"{args.prompts}.embeddings.safetensors"
-        encoded = cached(
-            file, prompts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5, args.lower_case
-        )
+        with first_before_others():
+            encoded = cached(
+                file, prompts, args.negative_prompt, args.model, dtype, args.device, args.base, args.t5, args.lower_case
+            )
     policy = TextToImage.from_pretrained(
-        args.model, weight_dtype(args), args.device, args.base, encoders=encoded is None, lower=args.lower_case
+        args.model, weight_dtype(args), args.device, args.base, encoders=encoded is None, lower=args.lower_case, meta=args.fsdp
     )
-    condition, negative = encoded or (policy.encode(prompts), policy.encode([args.negative_prompt], negative=True))
-    add_adapter(args, policy)
+    add_adapter(args, policy, args.device)
     if args.lora_rank:
         with about("--lora-targets"):
             targets = args.lora_targets or policy.family.targets
-            lora.add(policy.transformer, targets, args.lora_rank, args.lora_alpha or args.lora_rank, generator)
+            alpha = args.lora_alpha or args.lora_rank
+            lora.add(policy.transformer, targets, args.lora_rank, alpha, generator, args.device)
     reference = reference_of(policy.transformer, options.adapted(args))
+    shard(args, policy.transformer, reference)
+    condition, negative = encoded or (policy.encode(prompts), policy.encode([args.negative_prompt], negative=True))
     policy.transformer.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         policy.transformer.compile()
     return policy, condition, negative, reference
 
 
-def add_adapter(args, model):
+def add_adapter(args, model, device):
     """Puts the adapters of --adapter on the transformer."""
     if args.adapter:
         with about("--adapter"):
-            lora.load(model.transformer, args.adapter)
+            lora.load(model.transformer, args.adapter, device)
 
 
 def latent_shape(args, model):
@@ -251,6 +259,7 @@ def describe(args, rewards, beta):
     return values | {"beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item()}
 
 
+@once
 def report(out, prompts, evaluations, kind):
     """Prints the closing table of all evaluations (see `remember`), and draws curves.png and, of "eval", whose prompts are of
     the kind named, with the judge's frames:
@@ -338,6 +347,9 @@ def parse(argv=None):
     for option in ("group_size", "eval_samples"):
         if getattr(args, option) < 2:
             raise InputError(f"--{option.replace('_', '-')} {getattr(args, option)}: expected at least 2, to compare samples")
+    divided(args, "prompts_per_round", "micro_batch", "rollout_batch")
+    if args.fsdp and Path(args.model).is_file():
+        raise InputError(f"--fsdp, --model {args.model}: expected a folder, of whose tensors each process reads its parts")
     if args.micro_batch:
         size, what = (1, "pairs") if args.method == "dpo" else (args.group_size, "samples")
         options.divides("--micro-batch", args.micro_batch, args.prompts_per_round * size, f"{what} of a round")

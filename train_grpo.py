@@ -4,6 +4,7 @@
     python train_grpo.py --method grpo                               # the baseline: the same loss, β0 instead of β0 − A
     python train_grpo.py --lora-rank 8 --lora-alpha 16 --lr 5e-3     # low-rank adapters on a frozen model
     python train_grpo.py --config docs/gsm8k.json --model QWEN_FOLDER --problems train.jsonl --held-out test.jsonl
+    torchrun --nproc-per-node 4 train_grpo.py …                      # the same run on four GPUs: docs/many_gpus.md
     python train_grpo.py --demo audio                                # questions about sounds, on the CPU
     python train_grpo.py --task audio --model QWEN_OMNI_FOLDER --problems train_qa.json --held-out val_qa.json \
         --audio-folder WAVS                                          # questions about sounds, AVQA's or your own
@@ -25,13 +26,17 @@ from nano_adrpo.evaluation import plots
 from nano_adrpo.evaluation.text import evaluate, reward_means
 from nano_adrpo.language.audio import AudioCodec
 from nano_adrpo.language.chat import TextCodec
+from nano_adrpo.language.elsewhere import open_engine
 from nano_adrpo.language.rollout import roll_out, score, score_all
+from nano_adrpo.language.sampling import uniform
 from nano_adrpo.models.omni import open_language_model
 from nano_adrpo.rewards import choices, function, text
 from nano_adrpo.rewards.questions import read_questions
 from nano_adrpo.training import checkpoint, options, run
+from nano_adrpo.training.distributed import divided, each, gather, mine, once, total
 from nano_adrpo.training.life import alive
 from nano_adrpo.training.options import finite, flag, positive
+from nano_adrpo.training.sharding import shard, whole
 from nano_adrpo.training.step import (
     MovingAverage,
     autocast,
@@ -53,10 +58,11 @@ METHODS = {
 def main(argv, life):
     args = parse(argv)
     memory = checkpoint.begin(args, life, flat=True, first=None, last=None)
-    generator = torch.Generator().manual_seed(args.seed)  # for adapters, problems and minibatches; on the CPU
-    token_generator = torch.Generator(args.device).manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)  # for adapters, problems, minibatches; on the CPU, as tokens' is
+    token_generator = torch.Generator().manual_seed(args.seed)
     policy, codec, reference = open_policy(args, generator)
     problems, held_out, reward, judge = open_task(args, policy, codec)
+    rolled = open_engine(args.rollouts) if args.rollouts else roll_out
     optimizer = torch.optim.AdamW(trained(policy), args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
     ema = MovingAverage(trained(policy), args.ema)
     out = run.claim(args.out, "runs/grpo", options.saved(args), life)
@@ -72,14 +78,16 @@ def main(argv, life):
                 drawn = torch.randint(len(problems), (args.prompts_per_round,), generator=generator).tolist()
                 asked = [problems[row] for row in drawn for _ in range(args.group_size)]
                 involved += [problems[row].question for row in drawn]
-                with autocast(args):
-                    rollout = roll_out(policy, codec, asked, args.max_new_tokens, args.max_prompt_tokens, token_generator,
-                                       temperature=args.temperature, steps=steps(args))  # fmt: skip
-                mask = rollout.mask  # [N, C], 1 at the completions' tokens
+                u = uniform(len(asked), args.max_new_tokens, token_generator)  # a number for each token
+                with whole(policy), autocast(args):
+                    rollout = rolled(policy, codec, mine(asked), args.max_new_tokens, args.max_prompt_tokens, mine(u),
+                                     temperature=args.temperature, steps=steps(args))  # fmt: skip
 
                 # 2. Reward: R [N], and the terms of this weighted sum, on the CPU.
                 phases.begin("reward")
-                rewards = reward(rollout.texts, asked)
+                rewards = reward(rollout.texts, mine(asked))
+                rollout, rewards = gather((rollout, rewards))  # of all processes, where there are several
+                mask, rows = rollout.mask, mine(torch.arange(len(asked)))  # mask [N, C]: 1 at the completions' tokens
                 R = rewards["reward"].to(args.device)
 
                 # 3. Advantages A [N] within the groups, and β [N]: β0 − clamp(A), or what the method's line above says.
@@ -90,35 +98,34 @@ def main(argv, life):
                 phases.begin("update")
                 set_learning_rate(optimizer, args, round)
                 with reference() as frozen, autocast(args):  # the policy at the start
-                    ref_logp = score_all(frozen, rollout, micro_batch(args), args.temperature)
-                one_step = args.inner_epochs * args.minibatches == 1  # then logp is old_logp, too: no extra forward pass
+                    ref_logp = gather(score_all(frozen, rollout, micro_batch(args), args.temperature, rows=rows))
+                # One step on the policy's own completions: logp is old_logp, too, without an extra forward pass.
+                one_step = args.inner_epochs * args.minibatches == 1 and rollout.logp is None
                 old_logp, entropy = torch.zeros_like(ref_logp), torch.zeros_like(ref_logp)
                 if not one_step:
                     with autocast(args):
-                        old_logp, entropy = score_all(policy, rollout, micro_batch(args), args.temperature, entropy=True)
-                clipped = 0
+                        old_logp, entropy = gather(score_all(policy, rollout, micro_batch(args), args.temperature, True, rows))
+                pi_old, clipped = old_logp if rollout.logp is None else rollout.logp, 0  # the engine's, where it says them
                 for batch in minibatches(args, generator):
                     count, losses = len(batch) if args.average == "sequences" else mask[batch].sum(), []
-                    for i in batch.split(micro_batch(args)):
+                    for i in mine(batch).split(micro_batch(args)):
                         with autocast(args):
                             logp, entropy_i = score(policy, rollout, i, args.temperature, entropy=True)
                         if one_step:
                             old_logp[i], entropy[i] = logp.detach(), entropy_i
                         loss = adrpo.policy_loss(  # Eq. 7, and Eq. 3 where β = β0
-                            logp, old_logp[i], ref_logp[i], mask[i], A[i], beta[i], args.clip_eps, args.kl, args.average, count
+                            logp, pi_old[i], ref_logp[i], mask[i], A[i], beta[i], args.clip_eps, args.kl, args.average, count
                         )
                         loss.backward()
                         losses.append(loss.detach().double())
-                        clipped += metrics.clipped_tokens(logp, old_logp[i], mask[i], args.clip_eps)
+                        clipped += metrics.clipped_tokens(logp, pi_old[i], mask[i], args.clip_eps)
                     loss, norm = optimizer_step(optimizer, sum(losses), args, ema)
 
                 # 5. Log.
+                old_logp, entropy = (total(x) if one_step else x for x in (old_logp, entropy))  # each process has its rows
                 values |= describe(args, rollout, asked, rewards, A, beta, entropy, old_logp, ref_logp)
-                values |= {
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "clip_fraction": clipped.item() / args.inner_epochs / int(mask.sum()),
-                }
+                values |= {"loss": loss, "grad_norm": norm}
+                values["clip_fraction"] = total(clipped).item() / args.inner_epochs / int(mask.sum())
                 memory["flat"] = run.still_flat(memory["flat"], values["zero_spread"], round, args.rounds)
                 if round == 1:
                     run.note_scale(args.beta0, values["reward_std"])
@@ -126,7 +133,7 @@ def main(argv, life):
         # 6. Evaluate the moving average on the held-out problems, with the same random numbers in every run, and save it.
         if run.evaluation_is_due(args, round):
             phases.begin("evaluation")
-            with run.at_round(args, out, round, phases), ema.applied():
+            with run.at_round(args, out, round, phases), ema.applied(), whole(policy):
                 *found, texts = evaluate(policy, codec, held_out, reward, judge, reference, **evaluation(args))
                 values["eval"], values["eval_error"] = memory["last"] = found
                 memory["first"] = memory["first"] or found
@@ -135,6 +142,12 @@ def main(argv, life):
         log.write(round, values, phases.take())
         checkpoint.save_if_due(args, life, out, round, memory, *state)
 
+    return report(out, memory)
+
+
+@once
+def report(out, memory):
+    """Prints the closing table and draws the curves; -> the metrics of the last evaluation."""
     run.print_table({"held-out problems": (memory["first"], memory["last"])})
     plots.curves(out / "curves.png", out / "metrics.jsonl", "entropy")
     plots.shares(out / "shares.png", out / "metrics.jsonl")
@@ -143,7 +156,7 @@ def main(argv, life):
 
 def open_policy(args, generator):
     """-> the policy, its codec, and the reference: `with reference() as frozen:` is the policy at the start."""
-    policy = open_language_model(args.model, weight_dtype(args), args.device)
+    policy = open_language_model(args.model, weight_dtype(args), "meta" if args.fsdp else args.device)
     with about(f"--model {args.model}"):
         chat = args.system, args.chat_template, args.thinking, args.stop
         codec = AudioCodec(policy, *chat, embeddings=embeddings(args)) if args.task == "audio" else TextCodec(policy, *chat)
@@ -151,13 +164,15 @@ def open_policy(args, generator):
         policy.files["chat_template.jinja"] = codec.template.text.encode()
     if args.adapter:
         with about("--adapter"):
-            lora.load(policy, args.adapter)
+            lora.load(policy, args.adapter, args.device)
     if args.lora_rank:
         with about("--lora-targets"):
             targets = args.lora_targets or lora.DECODER_TARGETS
-            lora.add(policy, targets, args.lora_rank, args.lora_alpha or args.lora_rank, generator)
+            lora.add(policy, targets, args.lora_rank, args.lora_alpha or args.lora_rank, generator, args.device)
     policy.model.gradient_checkpointing = args.gradient_checkpointing
-    return policy, codec, reference_of(policy, options.adapted(args))
+    reference = reference_of(policy, options.adapted(args))
+    shard(args, policy, reference)
+    return policy, codec, reference
 
 
 def open_task(args, policy, codec):
@@ -198,8 +213,8 @@ def advantage_range(args):
 
 
 def micro_batch(args):
-    """Completions per forward pass."""
-    return args.micro_batch or args.prompts_per_round * args.group_size // args.minibatches
+    """Completions per forward pass of a process."""
+    return each(args.micro_batch or args.prompts_per_round * args.group_size // args.minibatches)
 
 
 def minibatches(args, generator):
@@ -215,8 +230,10 @@ def steps(args):
 
 
 def describe(args, rollout, asked, rewards, A, beta, entropy, logp, ref_logp):
-    """What to log of a round, {name: number}. entropy, logp, ref_logp [N, C]: the policy's when it sampled, the reference's."""
+    """What to log of a round, {name: number}. entropy, logp, ref_logp [N, C]: the policy's when it sampled, the reference's.
+    engine_kl is how far the probabilities of the engine of --rollouts are from the policy's."""
     entropy, logp, ref_logp = (values[rollout.mask.bool()] for values in (entropy, logp, ref_logp))  # [tokens]
+    engine = None if rollout.logp is None else rollout.logp[rollout.mask.bool()]
     groups = rewards["reward"].reshape(-1, args.group_size)
     low, high = advantage_range(args)
     at_bounds = ((A <= low) | (A >= high)) & (args.method == "adrpo")
@@ -228,6 +245,7 @@ def describe(args, rollout, asked, rewards, A, beta, entropy, logp, ref_logp):
         **({"accuracy": sum(right) / len(asked)} if right else {}),
         "length": rollout.mask.sum(dim=1).float().mean().item(),
         "entropy": entropy.mean().item(), **metrics.kl_from_reference(logp, ref_logp),
+        **({} if engine is None else {"engine_kl": metrics.kl_from_reference(engine, logp)["kl_k3"]}),
         "beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item(),
         "beta_at_bounds": at_bounds.float().mean().item(),
     }  # fmt: skip
@@ -237,12 +255,14 @@ def evaluation(args):
     """The options of an evaluation, for evaluation.text.evaluate."""
     return {
         "samples": args.eval_samples, "max_new_tokens": args.max_new_tokens, "longest": args.max_prompt_tokens,
-        "batch": args.eval_batch, "score_batch": micro_batch(args), "temperature": args.eval_temperature,
+        "batch": each(args.eval_batch), "score_batch": micro_batch(args), "temperature": args.eval_temperature,
         "top_k": args.eval_top_k, "top_p": args.eval_top_p, "steps": steps(args),
         "score_temperature": args.eval_temperature or args.temperature, "autocast": functools.partial(autocast, args),
+        "mine": mine, "gather": gather,
     }  # fmt: skip
 
 
+@once
 def write_samples(out, round, problems, texts):
     """Adds one completion of each of the first eight held-out problems to samples.txt."""
     samples = [f"{problem.question}\n{completion}\n" for problem, completion in zip(problems[:8], texts)]
@@ -274,6 +294,8 @@ def parse(argv=None):
         default=demo.GRPO["max_new_tokens"],
         help="tokens of a completion, its end included",
     )
+    engine = "completions of another engine: FILE.jsonl or FILE.py:FUNCTION, see nano_adrpo/language/elsewhere.py"
+    add("--rollouts", metavar="FILE", help=engine)
     add("--max-prompt-tokens", type=positive(int), default=512, help="a longer prompt is refused; a sound has 25 a second")
     add("--temperature", type=positive(float), default=1.0, help="of sampling, and of the scores that the loss uses")
     add = options.optimisation(parser, lora.DECODER_TARGETS, rounds=110, lr=8e-4, lr_schedule="linear", lr_hold=0.5)
@@ -324,7 +346,8 @@ def parse(argv=None):
         raise InputError("--group-size 1: expected at least 2, since an advantage compares completions of one problem")
     options.divides("--minibatches", args.minibatches, args.prompts_per_round * args.group_size, "completions of a round")
     size = args.prompts_per_round * args.group_size // args.minibatches
-    options.divides("--micro-batch", micro_batch(args), size, "completions of a minibatch")
+    options.divides("--micro-batch", args.micro_batch or size, size, "completions of a minibatch")
+    divided(args, "prompts_per_round", "micro_batch", **{f"--minibatches {args.minibatches}, completions in each:": size})
     if bool(args.problems) != bool(args.held_out):
         raise InputError("--problems and --held-out: expected both or neither")
     resolve_task(args)
@@ -353,19 +376,14 @@ def resolve_task(args):
 
 def refuse_idle(args, argv):
     """Refuses options that have no effect beside the others."""
-    several, regularised = args.inner_epochs * args.minibatches > 1, args.beta0 > 0
-    regularised |= args.method == "adrpo" and advantage_range(args) != (0, 0)
+    regularised = args.beta0 > 0 or args.method == "adrpo" and advantage_range(args) != (0, 0)
+    several = args.inner_epochs * args.minibatches > 1 or args.rollouts
     options.refuse_idle(
         argv,
         (args.method == "adrpo", "with --method adrpo", "--a-min", "--a-max"),
         (several, "with --inner-epochs or --minibatches above 1: in a single step the ratio is 1", "--clip-eps"),
         (regularised, "with a --beta0 above 0: there is no KL", "--kl"),
-        (
-            args.eval_temperature > 0,
-            "with --eval-temperature above 0: the likeliest token is taken",
-            "--eval-top-k",
-            "--eval-top-p",
-        ),
+        (args.eval_temperature > 0, "with --eval-temperature above 0", "--eval-top-k", "--eval-top-p"),
         *options.idle_in_training(args),
     )
 

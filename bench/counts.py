@@ -3,8 +3,9 @@ transformers and diffusers on the same model. Sizes are small; the counts do not
 
 import torch
 
-from bench.language import both
-from bench.measure import operations
+from bench.language import WIDE, both
+from bench.measure import operations, peak
+from nano_adrpo.models.decoder import Config, Decoder
 from nano_adrpo.models import mmdit
 
 
@@ -58,8 +59,28 @@ def blocks(dtype):
     return {"ours": slope(ours, 2, 4)[0], "theirs": slope(theirs, 2, 4)[0]}
 
 
+def scores(frozen, rows=4, tokens=512):
+    """{side: MiB at most that log-probabilities and their gradient hold, beyond weights and .grad}, of one layer of Qwen2.5-0.5B."""
+    with torch.device("meta"):
+        model, ids = Decoder(Config("qwen2", **WIDE, num_hidden_layers=1)), torch.zeros(rows, tokens + 1, dtype=torch.long)
+    model.model.embed_tokens.requires_grad_(not frozen)
+    gradients = sum(weight.numel() * 4 for weight in model.parameters() if weight.requires_grad)
+
+    def held(score):
+        model.zero_grad()
+        return (peak(lambda: score().mean().backward()) - gradients) / 2**20
+
+    ours = held(lambda: model.token_logprobs(ids))
+    plain = held(lambda: model(ids)[:, :-1].float().log_softmax(dim=-1).gather(-1, ids[:, 1:, None]))
+    return {"ours": ours, "theirs": plain}
+
+
 def rows():
     """[what, ours, theirs] of all of it."""
+    for frozen in (True, False):
+        found = scores(frozen)
+        what = f"token_logprobs, 4 × 512 tokens of 151,936, head {'frozen' if frozen else 'trained'}, from shapes"
+        yield [f"{what}: MiB beyond weights and gradients, beside log_softmax + gather", found["ours"], found["theirs"]]
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         for steps in (None, "fixed"):

@@ -9,17 +9,19 @@ Names and texts from files may hold anything, such as codes that move a terminal
 import argparse
 import contextlib
 import sys
+import unicodedata
 
 LONGEST = 1000  # characters of a message
 
 
-def shown(text, longest=LONGEST):
-    """A text as one line that is fit to print: what is no letter, sign or blank is written as Python escapes it, and of a long
-    text the middle is left out."""
+def shown(text, longest=LONGEST, keep=""):
+    """A text as one line that is fit to print: what is no letter, sign or blank, nor in `keep`, is written as Python escapes
+    it, and of a long text the middle is left out."""
     text = str(text)
     if len(text) > longest:
         text = f"{text[: longest * 2 // 3]} … {text[-longest // 3 :]}"
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    fits = {each for each in set(text) if each.isprintable() or unicodedata.category(each) == "Zs" or each in keep}
+    return "".join(each if each in fits else each.encode("unicode_escape").decode() for each in text)
 
 
 class InputError(ValueError):

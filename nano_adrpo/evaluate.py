@@ -167,6 +167,7 @@ class Evaluation:
                     image_folders.files_of(entry.model, seed, self.texts, self.args.images)
                 continue
             model = TextToImage.from_pretrained(entry.model, self.dtype, "meta", self.args.base, encoders=False)
+            prompts.check_t5(entry.model, self.args.base, self.args.t5)
             if entry.adapter:
                 lora.load(model.transformer, entry.adapter)
             shape = self.shape(model)

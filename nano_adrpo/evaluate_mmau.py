@@ -34,7 +34,9 @@ from nano_adrpo.training.run import new_folder
 
 ASKED = ("prompt_form", "system", "chat_template", "thinking", "stop")  # in which a run and this command must be alike
 # In which runs of one row may differ, as in how they are evaluated; the range of the advantage is part of the row's name.
-FREE = {"seed", "device", "micro_batch", "embeddings", "resume", "checkpoint_every", "keep_checkpoints", "a_min", "a_max"}
+FREE = {
+    "seed", "device", "micro_batch", "fsdp", "embeddings", "resume", "checkpoint_every", "keep_checkpoints", "a_min", "a_max",
+}  # fmt: skip
 
 
 def parse(argv=None):

@@ -42,12 +42,14 @@ class Adapted(nn.Module):
     """A linear layer and its adapter. It takes the layer's place in the model, and the layer's weight and bias keep their names
     beside `lora_A.weight` and `lora_B.weight`."""
 
-    def __init__(self, layer, config, scale, down, up):
-        """layer: the nn.Linear; down [rank, in], up [out, rank], of any device and dtype."""
+    def __init__(self, layer, config, scale, down, up, device=None):
+        """layer: the nn.Linear; down [rank, in], up [out, rank], of any device and dtype. device: where the adapter goes; None:
+        where the layer is."""
         super().__init__()
         self.config, self.scale, self.enabled = config, scale, True
         self.weight, self.bias = layer.weight, layer.bias
-        self.lora_A, self.lora_B = (linear(nn.Parameter(x.to(layer.weight.device, torch.float32))) for x in (down, up))
+        device = device or layer.weight.device
+        self.lora_A, self.lora_B = (linear(nn.Parameter(x.to(device, torch.float32))) for x in (down, up))
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -107,10 +109,10 @@ def adapted(model):
     return layers
 
 
-def add(model, targets, rank, alpha, generator=None):
+def add(model, targets, rank, alpha, generator=None, device=None):
     """Puts adapters on the linear layers whose name is a target or ends in one ("to_q" is in "attn.to_q", not in "xto_q"), or
     on all but a head ("all-linear"), and leaves only them trainable; -> the model. A is drawn from U(±1/√in), as PEFT and
-    nn.Linear do, on the generator's device.
+    nn.Linear do, on the generator's device. device: where adapters go whose layers have no weights yet; None: to the layers.
 
     Raises InputError for a model that has adapters, a target that names no linear layer, a rank below 1, an alpha not above 0.
     """
@@ -124,11 +126,11 @@ def add(model, targets, rank, alpha, generator=None):
             raise InputError(f"{type(model).__name__} has no linear layer whose name ends in '{target}'")
     model.requires_grad_(False)
     for name, layer in layers.items():
-        device, bound = generator.device if generator else layer.weight.device, layer.in_features**-0.5
-        down = torch.empty(rank, layer.in_features, device=device, dtype=torch.float32)
-        up = torch.zeros(layer.out_features, rank, device=device)
+        drawn_on, bound = generator.device if generator else layer.weight.device, layer.in_features**-0.5
+        down = torch.empty(rank, layer.in_features, device=drawn_on, dtype=torch.float32)
+        up = torch.zeros(layer.out_features, rank, device=drawn_on)
         down.uniform_(-bound, bound, generator=generator)
-        model.set_submodule(name, Adapted(layer, config, config.scale(public(name)), down, up))
+        model.set_submodule(name, Adapted(layer, config, config.scale(public(name)), down, up, device))
     return model
 
 
@@ -186,9 +188,9 @@ def save(model, folder):
     files.write_json(folder / "adapter_config.json", {"peft_type": "LORA", **values, "lora_dropout": 0.0, "bias": "none"})
 
 
-def load(model, path):
+def load(model, path, device=None):
     """Adds the adapters of `path` (see Adapter), which alone are trainable then; -> the model. Dropout, a matter of training,
-    is not applied, and text encoders' adapters are left out.
+    is not applied, and text encoders' adapters are left out. device: as in `add`.
 
     Raises InputError naming the file and the key, with the model as it was, for an adapter of another model or of another kind.
     """
@@ -200,8 +202,8 @@ def load(model, path):
         print(f"{adapter.where}: the transformer's adapters are used, those of {shown(', '.join(adapter.beside))} are not")
     model.requires_grad_(False)
     for name, layer in layers.items():
-        down, up = adapter.matrices(public(name), layer.weight.device)
-        model.set_submodule(name, Adapted(layer, adapter.config, adapter.config.scale(public(name)), down, up))
+        down, up = adapter.matrices(public(name), device or layer.weight.device)
+        model.set_submodule(name, Adapted(layer, adapter.config, adapter.config.scale(public(name)), down, up, device))
     return model
 
 

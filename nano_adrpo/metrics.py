@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from nano_adrpo.adrpo import kl_divergence, squared_error
+from nano_adrpo.adrpo import kl_divergence
 
 
 def group_diversity(features, group_size):
@@ -33,12 +33,6 @@ def clip_diversity(embeddings, group_size, normalize=True):
                 a cosine of about 0.87 (10·√(2 − 2·0.87) = 5.1): an argument, not a measurement
     """
     return group_diversity(F.normalize(embeddings.float()) if normalize else embeddings, group_size)
-
-
-def w2_divergence(v, v_ref):
-    """E|v − v_ref|², squared velocity per element: the tractable upper bound on the squared Wasserstein-2 distance between
-    policy and reference (ORW-CFM-W2, arXiv 2502.06061), up to its Lipschitz factor. v, v_ref [N, ...]."""
-    return squared_error(v, v_ref).mean().item()
 
 
 def kl_from_reference(logp, ref_logp):

@@ -12,12 +12,13 @@ FILE.jsonl, into that file: a JSON object for each completion, with what --promp
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
 
 from nano_adrpo import files, lora
-from nano_adrpo.errors import InputError, Parser, about, run_command
+from nano_adrpo.errors import InputError, Parser, about, run_command, shown
 from nano_adrpo.files import png
 from nano_adrpo.language import chat
 from nano_adrpo.language.audio import AudioCodec
@@ -168,7 +169,7 @@ def write_texts(args, rows, texts):
         files.write_bytes(args.out, "".join(json.dumps(each) + "\n" for each in found).encode())
         return
     for index, text in enumerate(completions):
-        print(f"> {texts[index // args.count]}\n{text}\n")
+        print(shown(f"> {texts[index // args.count]}\n{text}\n", math.inf, keep="\n\t"))
 
 
 def sounds_of(args, rows):

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -191,3 +193,41 @@ def test_in_the_flow_a_fixed_beta_has_the_clips_of_adrpo():
         == clips["fixed-beta"]
         == {(0.03, None, None), (0.1, None, None), (0.3, None, None), (0.1, -0.1, 0.1), (0.3, -0.3, 0.3)}
     )
+
+
+def test_a_run_that_is_not_whole_is_named(tmp_path):
+    options = {"method": "raft", "seed": 0, "rounds": 2}
+    file = compare.folder(tmp_path, options) / "metrics.jsonl"
+    assert compare.read(tmp_path, options) is None
+    file.parent.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=f"^{file}: no such file"):
+        compare.read(tmp_path, options)
+    whole = [json.dumps(row) for row in metrics_of({"lr": 1e-3, "seed": 0, "method": "raft"})]
+    for lines, message in (
+        (whole[:1], f"{file}: is not that of a whole run; expected the evaluation of round 2. Without its folder"),
+        ([*whole[:2], whole[2][:20]], f"{file}, line 3: not valid JSON"),
+        (['{"round": "2", "eval": {"reward": 1}}'], f"{file}, line 1: expected a round and, of an evaluation, numbers"),
+        (['{"round": 2, "eval": {"reward": []}}'], f"{file}, line 1: expected a round and, of an evaluation, numbers"),
+        (['{"round": 2, "eval": 3}'], f"{file}, line 1: key 'eval' is 3; expected a JSON object"),
+    ):
+        file.write_text("\n".join(lines))
+        with pytest.raises(errors.InputError) as error:
+            compare.read(tmp_path, options)
+        assert str(error.value).startswith(message)
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("work has begun"))
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.InputError, match="file/out: cannot write there"):
+        compare.main(["flow", "--out", str(tmp_path / "file" / "out")])
+
+
+def test_a_worker_ends_with_the_process_that_started_it(tmp_path):
+    (tmp_path / "endless.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    worker = subprocess.Popen([sys.executable, "-c", compare.WORKER, "endless"], **pipes)
+    assert worker.stdout.readline() == "begun\n"
+    worker.stdin.close()  # as the system does for a process that was killed
+    with worker.stdout:
+        assert worker.wait(timeout=30) == 1

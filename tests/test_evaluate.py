@@ -309,12 +309,22 @@ def test_a_reward_of_ones_own_alone(tmp_path, few):
 
 
 def test_what_is_misspelt_is_refused_in_one_line(tmp_path, few, capsys):
-    (tmp_path / "mine.py").write_text("other = 1\n")
+    (tmp_path / "mine.py").write_text("other = 1\ndef dark(images, prompts):\n    return [1.0] * len(prompts)\n")
+    write_images(tmp_path / "plain")
     for options, message in (
         (["--models", "base"], "--models 'base': expected NAME=MODEL"),
         (["--models", "base=nowhere"], "nowhere: no such file or folder"),
         (["--models", f"base={BASE}+nowhere"], "nowhere: no such file or folder"),
         (["--models", "a/b=x"], "--models 'a/b=x': expected NAME=MODEL"),
+        (["--models", f"..={BASE}"], "--models '..="),
+        (["--models", f"..@3={BASE}"], "expected the plain name of a file"),
+        (["--models", f"a={BASE}", "--negative-prompt", "x"], "--negative-prompt: expected only with --guidance above 1"),
+        (["--models", f"a={BASE}", "--images", "x.csv"], "--images: expected only with a folder of images among --models"),
+        (["--models", f"a={BASE}", "--t5", "stream"], "--t5 stream: "),
+        (["--models", f"a={BASE}", "--rewards", f"{FLOW['reward'][0]}@0"], "every weight is 0"),
+        (["--models", f"a={BASE}", "--rewards", f"{tmp_path / 'mine.py'}:dark", "--clip-diversity", "projected"], "--clip-div"),
+        (["--models", f"a={tmp_path / 'plain'}", "--guidance", 3], "--guidance: expected only with a model among --models"),
+        (["--models", f"a={tmp_path / 'plain'}", "--lower-case"], "--lower-case: expected only with a model among --models"),
         (["--models", f"a={BASE}", "--samples", 1], "--samples 1: expected at least 2"),
         (["--models", f"a={BASE}", "--judge", "judge"], "--judge: : no such file; expected one with the function 'judge'"),
         (["--models", f"a={BASE}", "--judge", f"{tmp_path / 'mine.py'}:judge"], "mine.py: no function 'judge' in it"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import tiny
@@ -363,3 +364,28 @@ def test_what_is_not_merged(folder, tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1 and status.value.code == 2, said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_regular_expression_without_end_is_refused_in_time(tmp_path):
+    lora.save(adapt(base()), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    values, start = json.loads(config.read_text()), time.process_time()
+    for change in (
+        {"target_modules": "(.+)+!"}, {"exclude_modules": "(.|.)+!"}, {"rank_pattern": {"(.+)+!": 4}},
+        {"alpha_pattern": {"(.*.*)*!": 4}}, {"target_modules": "(" * 3000},
+        {"layers_to_transform": [0], "layers_pattern": "(.+)+!"},
+    ):  # fmt: skip
+        config.write_text(json.dumps(values | change))
+        with pytest.raises(ValueError, match="is not a regular expression that can be used") as error:
+            lora.load(base(), tmp_path)
+        assert str(error.value).isprintable()
+    assert time.process_time() - start < 5
+
+
+def test_a_merge_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    base("decoder").save_pretrained(tmp_path / "model")
+    lora.save(adapt(base("decoder"), "decoder"), tmp_path / "adapter")
+    monkeypatch.setattr(lora, "merged", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lora.merge_files(tmp_path / "model", tmp_path / "adapter", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter"}

@@ -21,11 +21,6 @@ def test_group_diversity_by_hand():
     assert metrics.group_diversity(features[[0, 1, 3, 2, 4, 5]], [2, 1, 3]) == pytest.approx((3 + 2 * math.sqrt(18)) / 4)
 
 
-def test_w2_divergence_by_hand():
-    v = torch.zeros(2, 1, 2)
-    assert metrics.w2_divergence(v, torch.tensor([[[1.0, 1.0]], [[0.0, 2.0]]])) == (1 + 2) / 2
-
-
 def test_frechet_distance_between_gaussians():
     # Samples whose mean and unbiased covariance are exact: whiten a draw, then map it. For covariances that commute,
     # the distance is |μa − μb|² + Σ(√λa − √λb)².

@@ -25,7 +25,7 @@ from scripts import lines
 import train_flow
 import train_grpo
 from nano_adrpo.evaluation import plots
-from nano_adrpo.files import safetensors
+from nano_adrpo.files import safetensors, values
 from nano_adrpo.training import checkpoint
 from nano_adrpo.training.life import Life
 
@@ -211,7 +211,7 @@ def test_a_kill_at_any_file_operation_of_a_checkpoint_loses_nothing(tmp_path, wh
     before = stopped(case, 2)
     state = safetensors.Checkpoint(whole(case)[0] / "checkpoints" / "step-3" / checkpoint.STATE)
     memory = json.loads((state.path.parent / checkpoint.MEMORY).read_text())
-    memory = checkpoint.join(memory, state.read)
+    memory = values.join(memory, state.read)
     tensors = {name: state.read(name) for name in state.shapes if not name.startswith("memory.")}
     for name, size in memory["logs"].items():
         os.truncate(before / name, size)

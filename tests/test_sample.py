@@ -188,7 +188,8 @@ def test_an_answer_to_a_question_about_a_sound(tmp_path, capsys):
     options = ["--model", folder, "--max-new-tokens", 8, "--batch", 1]
     for sound, heard in (("a", True), ("b", False)):
         run(*options, "--prompt", "What?", "--audio", tmp_path / f"{sound}.wav")
-        assert (capsys.readouterr().out == f"> What?\n{texts[0]}\n\n") == heard
+        printed = errors.shown(f"> What?\n{texts[0]}\n\n", keep="\n\t")  # bytes that no terminal obeys
+        assert (capsys.readouterr().out == printed) == heard
     lines = [{"question": "What?", "audio": "a.wav"}, {"question": "What?", "audio": "b.wav"}, {"question": "What?"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(*options, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out.jsonl")
@@ -205,6 +206,46 @@ REFUSED = (
     (["--model", BASE, "--prompt", "a"], "--out: expected FILE.png or a folder"),
     (["--model", "nowhere", "--prompt", "a", "--out", "x.png"], "nowhere: no such file or folder; expected a folder"),
     (["--model", BASE, "--prompts", "nowhere", "--out", "x.png"], "nowhere: no such file"),
+    # Options that cannot act on what the model makes.
+    *(
+        (["--model", ADDER, "--prompt", "a", option, *value], f"{option}: expected only where --model draws images")
+        for option, *value in (
+            ("--steps", 3),
+            ("--shift", 2),
+            ("--guidance", 3),
+            ("--negative-prompt", "x"),
+            ("--resolution", 8),
+            ("--t5", "zeros"),
+            ("--tile", 8),
+            ("--base", "x"),
+            ("--lower-case",),
+            ("--no-lower-case",),
+        )
+    ),
+    *(
+        (
+            ["--model", BASE, "--out", "x.png", "--prompt", "a", option, value],
+            f"{option}: expected only where --model writes text",
+        )
+        for option, value in (
+            ("--max-new-tokens", 3),
+            ("--temperature", 2),
+            ("--top-k", 3),
+            ("--top-p", 0.5),
+            ("--system", "x"),
+            ("--stop", "x"),
+            ("--chat-template", "none"),
+            ("--thinking", "on"),
+        )
+    ),
+    (["--model", BASE, "--prompt", "a", "--out", "x.png", "--negative-prompt", "b"], "expected only with --guidance above 1"),
+    (["--model", BASE, "--prompt", "a", "--out", "x.png", "--tile", 4], "--tile: expected only with a model that has an auto"),
+    (["--model", BASE, "--prompt", "a", "--out", "x.png", "--t5", "stream"], "has no T5; expected load, the default"),
+    (["--model", ADDER, "--prompt", "a", "--temperature", 0, "--top-k", 3], "--top-k: expected only with --temperature above"),
+    (
+        ["--model", ADDER, "--prompt", "a", "--temperature", 0, "--top-p", 0.5],
+        "--top-p: expected only with --temperature above",
+    ),
     (["--model", BASE, "--prompt", "a", "--resolution", 9, "--out", "x.png"], "resolution 9: expected a multiple of 4"),
     (
         ["--model", BASE, "--prompt", "a", "--adapter", "nowhere", "--out", "x.png"],

@@ -69,6 +69,7 @@ EFFECTS = {
 ELSEWHERE = {
     "--rollout-batch", "--micro-batch", "--gradient-checkpointing", "--compile", "--model", "--base", "--t5", "--prompts",
     "--held-out", "--lower-case", "--embeddings", "--config", "--out", "--device", "--adapter",
+    "--fsdp",  # in test_distributed.py
     "--resume", "--checkpoint-every", "--keep-every", "--patience-nonfinite",  # in test_resume.py
 }  # fmt: skip
 
@@ -200,6 +201,22 @@ def test_bad_options_are_refused(capsys, tmp_path):
         (["--adapter", "none"], "--adapter: none: no such file or folder; expected an adapter's"),
         (["--adapter", "a", "--lora-rank", 2], "--lora-rank and --adapter: expected one of them"),
         (["--lora-alpha", 2], "--lora-alpha and --lora-targets: expected only with --lora-rank"),
+        (["--tau", 2], "--tau: expected only with --method orw-cfm-w2"),  # from here on: options that cannot act
+        (["--tau=1", "--method", "dpo"], "--tau: expected only with --method orw-cfm-w2"),
+        (["--beta-dpo", 9, "--method", "raft"], "--beta-dpo: expected only with --method dpo"),
+        (["--beta0", 1, "--method", "raft"], "--beta0: expected only with --method adrpo, fixed-beta or orw-cfm-w2"),
+        (["--beta0", 1, "--method", "dpo"], "--beta0: expected only with"),
+        (["--a-min", -1, "--method", "orw-cfm-w2"], "--a-min: expected only with --method adrpo or fixed-beta"),
+        (["--a-max", 1, "--method", "dpo"], "--a-max: expected only with --method adrpo or fixed-beta"),
+        (["--negative-prompt", "x"], "--negative-prompt: expected only with --guidance above 1"),
+        (["--negative-prompt", "x", "--guidance", 1], "--negative-prompt: expected only with --guidance above 1"),
+        (["--t5", "stream"], "--t5: expected only with --prompts"),
+        (["--t5", "zeros", "--prompts", demo.FLOW["prompts"], "--embeddings", "/dev/null/x"], "--t5 zeros: "),
+        (["--lr-schedule", "constant", "--lr-hold", 0.5], "--lr-hold: expected only with --lr-schedule linear or cosine"),
+        (["--lr-schedule", "constant", "--lr-end", 0.5], "--lr-end: expected only with --lr-schedule linear or cosine"),
+        (["--rounds", 0, "--no-eval-first"], "--no-eval-first: expected only with --rounds above 0"),
+        (["--rounds", 0, "--keep-checkpoints"], "--keep-checkpoints: expected only with --rounds above 0"),
+        (["--reward", f"{demo.FLOW['reward'][0]}@0"], "every weight is 0; expected another one"),
         (["--lora-rank", 2, "--lora-targets", "to_x"], "no linear layer whose name ends in"),
     ):
         assert message in refused(capsys, "--out", tmp_path / "run", *options), options

@@ -74,6 +74,7 @@ ELSEWHERE = {
     "--config", "--out", "--device", "--adapter", "--demo", "--system", "--chat-template", "--thinking", "--few-shot",
     "--compile", "--task", "--prompt-form", "--audio-folder", "--embeddings",
     "--resume", "--checkpoint-every", "--keep-every", "--patience-nonfinite",  # in test_resume.py
+    "--fsdp", "--rollouts",  # in test_distributed.py, language/test_elsewhere.py
 }  # fmt: skip
 
 
@@ -331,6 +332,15 @@ def test_bad_options_are_refused(capsys, tmp_path):
         (["--adapter", "a", "--lora-rank", 2], "--lora-rank and --adapter: expected one of them"),
         (["--lora-targets", "q_proj"], "--lora-alpha and --lora-targets: expected only with --lora-rank"),
         (["--lora-rank", 8, "--lora-targets", "q"], "--lora-targets: Decoder has no linear layer whose name ends in"),
+        (["--method", "grpo", "--a-min", -1], "--a-min: expected only with --method adrpo"),  # options that cannot act
+        (["--method", "grpo", "--a-max", 1], "--a-max: expected only with --method adrpo"),
+        (["--kl", "k2", "--beta0", 0], "--kl: expected only with a --beta0 above 0"),
+        (["--kl", "k2", "--beta0", 0, "--method", "grpo"], "--kl: expected only with a --beta0 above 0"),
+        (["--eval-temperature", 0, "--eval-top-k", 5], "--eval-top-k: expected only with --eval-temperature above 0"),
+        (["--eval-temperature", 0, "--eval-top-p", 0.5], "--eval-top-p: expected only with --eval-temperature above 0"),
+        (["--lr-schedule", "constant", "--lr-end", 0.1], "--lr-end: expected only with --lr-schedule linear or cosine"),
+        (["--rounds", 0, "--no-eval-first"], "--no-eval-first: expected only with --rounds above 0"),
+        (["--reward", "exact@0"], "rewards exact@0: every weight is 0; expected another one"),
         (["--device", "meta"], "argument --device: device 'meta' is not available"),
         (["--held-out", "p.jsonl"], "--problems and --held-out: expected both or neither"),
         (["--problems", "no-such-file", "--held-out", "no-such-file"], "no-such-file"),

@@ -42,7 +42,8 @@ def train(tmp_path, sd3, clip, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a cat\nthe one\n")
 
     def run(name, *options, model=sd3):
-        argv = [*SMALL, "--model", model, "--reward", f"clip_score:{clip}", "--prompts", tmp_path / "prompts.txt"]
+        beta0 = [] if "--method" in options else ["--beta0", 1]  # the other methods have none
+        argv = [*SMALL, *beta0, "--model", model, "--reward", f"clip_score:{clip}", "--prompts", tmp_path / "prompts.txt"]
         train_flow.main([*map(str, argv), "--out", str(tmp_path / name), *map(str, options)])
         return tmp_path / name, [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 

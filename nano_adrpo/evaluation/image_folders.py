@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nano_adrpo.errors import InputError, MissingFile
+from nano_adrpo.errors import InputError, MissingFile, shown
 from nano_adrpo.files.png import read_png
 from nano_adrpo.text_to_image.prompts import read_rows
 
@@ -63,7 +63,10 @@ def files_of(path, seed, prompts, table=None):
         for index, (file, match) in enumerate(zip(images, numbered)):
             found[number_of(match[1], prompts, file) if all(numbered) else index // each].append(file)
         if not all(numbered):
-            print(f"{folder}: {each} images a prompt in the order of names; {images[0].name} is of {prompts[0]!r}", flush=True)
+            print(
+                f"{folder}: {each} images a prompt in the order of names; {shown(images[0].name)} is of {prompts[0]!r}",
+                flush=True,
+            )
     for file in (file for files in found for file in files):
         if (kind := ENDINGS.get(file.suffix.lower(), "PNG")) != "PNG":
             convert = f"mogrify -format png {shlex.quote(str(file.parent))}/*{file.suffix}"

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from nano_adrpo import metrics
-from nano_adrpo.adrpo import interpolate
+from nano_adrpo.adrpo import interpolate, squared_error
+from nano_adrpo.errors import shown
 
 
 class Evaluation(NamedTuple):
@@ -38,6 +39,11 @@ class Evaluation(NamedTuple):
         return f"{int(self.right.sum())} of {len(self.right)} right"
 
 
+def alone(rows, count=None):
+    """What one process has of the rows: all."""
+    return rows
+
+
 def evenly(count, limit):
     """At most `limit` of `count` rows, evenly spaced, as a list."""
     return torch.linspace(0, count - 1, min(limit, count)).long().tolist()
@@ -59,7 +65,7 @@ def noise(count, shape, seed=0):
 @torch.no_grad()
 def evaluate(
     model, condition, prompts, reward, judge, v_ref, *, shape, times, negative=None, guidance=1.0, method="euler",
-    rows=None, categories=None, samples=8, seed=0, batch=None, device="cpu", normalize=True,
+    rows=None, categories=None, samples=8, seed=0, batch=None, device="cpu", normalize=True, mine=alone, gather=alone,
 ):  # fmt: skip
     """Draws images of prompts and measures them. -> an Evaluation
 
@@ -73,22 +79,30 @@ def evaluate(
     categories             each of the P prompts' category, "" for none; None: no prompt has one
     samples, seed          images per prompt, at least 2; which noises
     batch                  images at a time; None: all
+    mine, gather           how several processes share the work, see training/distributed.py
     """
     chosen = torch.arange(len(prompts)) if rows is None else torch.tensor(rows)
     rows = chosen.repeat_interleave(samples)
-    x0, t, eps = (x.to(device) for x in noise(len(rows), shape, seed))
-    x1, images = model.draw(x0, condition[rows], times, negative, guidance, method, batch)
+    count, own = len(rows), mine(rows)
+    x0, t, eps = (mine(x).to(device) for x in noise(count, shape, seed))
+    x1, images = model.draw(x0, condition[own], times, negative, guidance, method, batch)
     divergence = None
     if v_ref:
-        divergence = w2(lambda x_t, t, rows: model.velocity(x_t, t, condition[rows]), v_ref, x1, t, eps, rows, batch)
+        distances = w2(lambda x_t, t, rows: model.velocity(x_t, t, condition[rows]), v_ref, x1, t, eps, own, batch)
+        divergence = gather(distances, count).mean().item()
     texts, kinds = ([some[row] for row in rows] if some else None for some in (prompts, categories))
-    values, errors, right = score(images, texts, samples, reward, judge, device, batch, normalize, divergence, kinds)
+    images = gather(images, count)
+    values, errors, right = score(
+        images, texts, samples, reward, judge, device, batch, normalize, divergence, kinds, mine, gather
+    )
     return Evaluation(values, errors, images, right, chosen)
 
 
 @torch.no_grad()
 def w2(v, v_ref, x1, t, noise, rows, batch=None):
-    """E|v − v_ref|² on the way from `noise` to the samples x1, both [N, C, H, W], at the times t [N] (metrics.w2_divergence).
+    """|v − v_ref|² [N] on the way from `noise` to the samples x1, both [N, C, H, W], at the times t [N]: squared velocity per
+    element. Its mean is the tractable upper bound on the squared Wasserstein-2 distance between policy and reference
+    (ORW-CFM-W2, arXiv 2502.06061), up to its Lipschitz factor.
 
     v, v_ref   functions (x_t, t, rows) -> velocity like x_t, called with `batch` samples at a time
     rows       LongTensor [N], the prompts of the samples
@@ -96,11 +110,14 @@ def w2(v, v_ref, x1, t, noise, rows, batch=None):
     x_t, _ = interpolate(noise, x1, t)
     batches = torch.arange(len(rows)).split(batch or len(rows))
     both = (torch.cat([velocity(x_t[i], t[i], rows[i]) for i in batches]) for velocity in (v, v_ref))
-    return metrics.w2_divergence(*both)
+    return squared_error(*both)
 
 
 @torch.no_grad()
-def score(images, prompts, samples, reward, judge, device, batch=None, normalize=True, w2=None, categories=None):
+def score(
+    images, prompts, samples, reward, judge, device, batch=None, normalize=True, w2=None, categories=None, mine=alone,
+    gather=alone,
+):  # fmt: skip
     """Measures N images [N, C, H, W] in [−1, 1] of N prompts, in float32 even inside autocast.
 
     reward      rewards.Rewards
@@ -109,6 +126,7 @@ def score(images, prompts, samples, reward, judge, device, batch=None, normalize
     normalize   see metrics.clip_diversity
     w2          the divergence, where it was measured
     categories  of each of the N prompts, "" for none; None: no prompt has one
+    mine, gather   see `evaluate`: rewards are shared out
 
     -> {metric: number}, {metric: standard error over the prompts, where it is known}, and which images are right.
 
@@ -118,8 +136,9 @@ def score(images, prompts, samples, reward, judge, device, batch=None, normalize
     """
     with torch.autocast(torch.device(device).type, enabled=False):
         with reward.on(device):
-            measured = reward(images, prompts, batch)  # {metric: [N]}
-            embeddings = reward.embed_images(images, batch)
+            measured = gather(reward(mine(images), mine(prompts), batch), len(images))  # {metric: [N]}
+            embeddings = reward.embed_images(mine(images), batch)
+            embeddings = None if embeddings is None else gather(embeddings, len(images))
         groups = measured["reward"].split(samples)
         values = {}
         if embeddings is not None:
@@ -142,7 +161,7 @@ def score(images, prompts, samples, reward, judge, device, batch=None, normalize
     for category in filter(None, dict.fromkeys(categories or [])):
         inside = torch.tensor([category == other for other in categories])
         sizes = [count for count, some in zip(counts, inside.split(counts)) if some[0]]
-        name, numbers = f"{main}/{category}", measured[main][inside]
+        name, numbers = f"{main}/{shown(category, 80)}", measured[main][inside]
         values[name], errors[name] = numbers.mean().item(), metrics.clustered_error(numbers, sizes)
     known = {name: error for name, error in errors.items() if not math.isnan(error)}
     return values, known, per_sample[first].bool() if first in per_sample else None

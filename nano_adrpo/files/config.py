@@ -51,7 +51,9 @@ def parse(cls, values, where):
         elif name in values:
             if not fits(values[name], kind):
                 raise InputError(f"{where}: key '{name}' is {values[name]!r}; expected {describe(kind)}{limit(values[name])}")
-            chosen[name] = tuple(values[name]) if typing.get_origin(kind) is tuple else values[name]
+            value = values[name]
+            value = float(value) if type(value) is int and MOST <= abs(value) <= LARGEST else value  # torch takes no such int
+            chosen[name] = tuple(value) if typing.get_origin(kind) is tuple else value
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: key '{name}' is missing; expected {describe(kind)}")
     with about(where):

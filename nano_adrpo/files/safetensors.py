@@ -49,7 +49,8 @@ def load(build, checkpoint, dtype=None, device=None, key_of=str, ignore=""):
     ignore    a regular expression: keys that match it are not read
     dtype     None keeps the file's; where a file mixes several, all become the narrowest that holds each. A float8 file needs
               one, since nothing computes in float8. A float8 weight with a scale becomes weight · scale
-    device    None is the CPU; "meta" makes the same checks and reads no tensor
+    device    None is the CPU; "meta" makes the same checks and reads no tensor. Then model.stored(name, rows) reads one, or a
+              slice of its rows
 
     Raises InputError naming file and key for a tensor that is missing, unknown, misshapen or of another kind of number.
     """
@@ -67,6 +68,17 @@ def load(build, checkpoint, dtype=None, device=None, key_of=str, ignore=""):
     keys = [key for key in checkpoint.shapes if not re.fullmatch(ignore, key)]
     check(checkpoint, keys, expected, type(model).__name__)
     dtype = dtype or checkpoint.common_dtype(keys)
+
+    def stored(name, rows=None):  # a tensor of the model, or a slice of its rows
+        alike = names[key_of(name)]
+        if rows or len(alike) > 1:
+            before = sum(len(state[other]) for other in alike[: alike.index(name)])
+            start, end, _ = (rows or slice(None)).indices(len(state[name]))
+            rows = slice(before + start, before + end)
+        tensor = checkpoint.read(key_of(name), rows=rows)
+        tensor = tensor[..., 0, 0] if tensor.dim() > state[name].dim() else tensor
+        return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)  # not the mapped file
+
     tensors = {}
     for key in keys:
         tensor, rows = checkpoint.read(key, device), [len(state[name]) for name in names[key] if state[name].dim()]
@@ -75,6 +87,8 @@ def load(build, checkpoint, dtype=None, device=None, key_of=str, ignore=""):
             block = block[..., 0, 0] if block.dim() > state[name].dim() else block
             tensors[name] = block.to(dtype) if block.is_floating_point() else block
     model.load_state_dict(tensors, strict=True, assign=True)
+    if torch.device(device or "cpu").type == "meta":
+        model.stored = stored
     return model.eval()
 
 
@@ -179,18 +193,21 @@ class Checkpoint:
         """The file and the key as the file spells it, for messages."""
         return f"{self.home.get(key, self.path)}: key '{self.prefix}{key}'"
 
-    def read(self, key, device=None):
-        """The tensor under `key`, as stored, or float32 where it has a scale; on the meta device nothing is read."""
+    def read(self, key, device=None, rows=None):
+        """The tensor under `key`, as stored, or float32 where it has a scale; on the meta device nothing is read. rows: a slice
+        of them; None: all."""
         if torch.device(device or "cpu").type == "meta":
             return torch.empty(self.shapes[key], dtype=self.dtypes[key], device="meta")
-        tensor = self.stored(key).to(device or "cpu")
+        tensor = self.stored(key, rows).to(device or "cpu")
         if key not in self.scales:
             return tensor
         scale = self.stored(self.scales[key]).to(tensor.device, torch.float32)
+        scale = scale[rows] if rows and scale.numel() > 1 else scale
         return tensor.float() * scale.view(-1, *[1] * (tensor.dim() - 1))
 
-    def stored(self, key):
-        return self.files[self.home[key]].get_tensor(self.prefix + key)
+    def stored(self, key, rows=None):
+        file = self.files[self.home[key]]
+        return file.get_slice(self.prefix + key)[rows] if rows else file.get_tensor(self.prefix + key)
 
     def common_dtype(self, keys):
         """The narrowest dtype that holds the floating-point tensors of `keys`. Raises InputError for float8."""

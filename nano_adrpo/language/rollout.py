@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Rollout(NamedTuple):
@@ -14,6 +15,28 @@ class Rollout(NamedTuple):
     padded: bool  # whether a prompt has padding, on its left; if none has, causal attention needs no mask
     texts: list  # N completions as text, "<think>" included where the prompt opened a thought
     clips: list | None = None  # N lists of what the model hears with the prompts; None: it hears nothing
+    logp: torch.Tensor | None = None  # [N, C], log-probabilities as the engine says that made the completions (elsewhere.py)
+
+    @staticmethod
+    def cat(rollouts):
+        """Some rollouts, one behind the other: padded to the longest prompt and the longest completion, as one of all rows."""
+        prompt = max(rollout.ids.shape[1] - rollout.mask.shape[1] for rollout in rollouts)
+        new = max(rollout.mask.shape[1] for rollout in rollouts)
+
+        def padded(name, rollout):
+            x, after = getattr(rollout, name), new - rollout.mask.shape[1]
+            return F.pad(x, (prompt + new - after - x.shape[1] if name in ("ids", "seen") else 0, after))
+
+        def together(name):
+            if getattr(rollouts[0], name) is None:
+                return None
+            if name == "padded":
+                return any(rollout.padded or rollout.ids.shape[1] - rollout.mask.shape[1] < prompt for rollout in rollouts)
+            if name in ("texts", "clips"):
+                return sum((getattr(rollout, name) for rollout in rollouts), [])
+            return torch.cat([padded(name, rollout) for rollout in rollouts])
+
+        return Rollout(*map(together, Rollout._fields))
 
 
 @torch.no_grad()
@@ -22,25 +45,25 @@ def roll_out(model, codec, problems, max_new_tokens, longest, generator=None, **
 
     codec       language.chat.TextCodec of the model, or language.audio.AudioCodec
     longest     the most tokens of a prompt; InputError for one that has more
+    generator   or its numbers [N, max_new_tokens], see Decoder.generate
     sampling    temperature, top_k, top_p of Decoder.generate
     """
     device = model.model.embed_tokens.weight.device
     prompts = [problem.prompt for problem in problems]
     ids, prompt_mask = codec.encode(prompts, longest, device)
     clips = codec.clips(prompts)
-    ends = codec.decode(ids[:, -8:], prompt_mask[:, -8:])
-    sampling |= {
-        "eos": codec.eos,
-        "ended": codec.ended,
-        "generator": generator,
-        "clips": of_rows(clips, torch.arange(len(ids))),
-    }
-    ids, mask = model.generate(ids, prompt_mask, max_new_tokens, **sampling)
+    sampling |= {"eos": codec.eos, "ended": codec.ended, "generator": generator}
+    ids, mask = model.generate(ids, prompt_mask, max_new_tokens, clips=of_rows(clips, torch.arange(len(ids))), **sampling)
     seen = torch.cat([prompt_mask, mask], dim=1)
-    texts = codec.decode(ids[:, prompt_mask.shape[1] :], mask)
-    padded = not bool(prompt_mask.all())
-    texts = ["<think>" * end.rstrip().endswith("<think>") + text for end, text in zip(ends, texts)]
-    return Rollout(ids, seen, mask, padded, texts, clips)
+    length = prompt_mask.shape[1]
+    texts = texts_of(codec, ids[:, :length], prompt_mask, ids[:, length:], mask)
+    return Rollout(ids, seen, mask, not bool(prompt_mask.all()), texts, clips)
+
+
+def texts_of(codec, prompts, prompt_mask, completions, mask):
+    """Completions as texts, with "<think>" in front where the prompt opened a thought."""
+    ends, texts = codec.decode(prompts[:, -8:], prompt_mask[:, -8:]), codec.decode(completions, mask)
+    return ["<think>" * end.rstrip().endswith("<think>") + text for end, text in zip(ends, texts)]
 
 
 def of_rows(clips, rows):
@@ -57,8 +80,8 @@ def score(model, rollout, rows, temperature=1.0, entropy=False):
 
 
 @torch.no_grad()
-def score_all(model, rollout, batch, temperature=1.0, entropy=False):
-    """`score` of all completions, `batch` at a time, without gradient."""
-    rows = torch.arange(len(rollout.ids), device=rollout.ids.device).split(batch)
-    scores = [score(model, rollout, each, temperature, entropy) for each in rows]
+def score_all(model, rollout, batch, temperature=1.0, entropy=False, rows=None):
+    """`score` of the completions in `rows` (None: all), `batch` at a time, without gradient."""
+    rows = torch.arange(len(rollout.ids)) if rows is None else rows
+    scores = [score(model, rollout, each, temperature, entropy) for each in rows.to(rollout.ids.device).split(batch)]
     return tuple(torch.cat(values) for values in zip(*scores)) if entropy else torch.cat(scores)

@@ -29,7 +29,8 @@ def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1
     top_k, top_p              see `probabilities`
     eos                       an id, several, or None; what follows the end of a row is filled with (the first) eos
     generator                 None is torch's own; it gives B × max_new_tokens numbers, row after row, however many are used. On
-                              the CPU's, two calls on one half of the rows each thus sample what one call on all rows does
+                              the CPU's, two calls on one half of the rows each thus sample what one call on all rows does. Or
+                              these numbers themselves (`uniform`)
     ended                     None, or a function: tokens of completions so far [n, C] -> [n], whether they end there
     clips                     what the prompts' placeholders stand for, of models that hear (models/omni.py)
     steps                     "growing", "fixed" or "compiled" (see above); None: growing on the CPU, fixed elsewhere
@@ -45,8 +46,7 @@ def generate(model, ids, mask, max_new_tokens, temperature=1.0, top_k=0, top_p=1
     size = length + max_new_tokens
     if fixed:  # of a few sizes only, so that few steps are compiled
         size = min(-(-size // ROUND) * ROUND, model.config.positions)
-    device = generator.device if generator else ids.device
-    u = torch.rand(batch, max_new_tokens, dtype=torch.float64, device=device, generator=generator).to(ids.device)
+    u = (generator if torch.is_tensor(generator) else uniform(batch, max_new_tokens, generator, ids.device)).to(ids.device)
 
     first = torch.ones(batch, dtype=torch.bool, device=ids.device)  # whether a prompt differs from the one before it
     first[1:] = ((ids[1:] != ids[:-1]) | (mask[1:] != mask[:-1])).any(dim=1)
@@ -115,6 +115,13 @@ def check(config, ids, mask, max_new_tokens, temperature, top_k, top_p, stop):
         raise InputError(f"mask is {list(mask.shape)}; expected {list(ids.shape)}")
     if not mask[:, -1:].any(dim=1).all() or (mask[:, :-1] & ~mask[:, 1:]).any():
         raise InputError("mask is not that of prompts padded on the left; expected zeros, then at least one 1, in every row")
+
+
+def uniform(batch, max_new_tokens, generator=None, device=None):
+    """The random numbers of `generate`, one for each row and token: float64 [B, max_new_tokens] in [0, 1), on the generator's
+    device."""
+    device = generator.device if generator else device
+    return torch.rand(batch, max_new_tokens, dtype=torch.float64, device=device, generator=generator)
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):

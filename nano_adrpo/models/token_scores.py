@@ -52,6 +52,7 @@ class TokenScores(torch.autograd.Function):
                 entropy[rows] = -(every.exp() * every).sum(dim=-1)
             if known:
                 grad_h[rows] = TokenScores.slope(every, tokens[rows], bent).to(ctx.dtype) @ w / temperature
+            del every  # else it would be there while the next is computed
         ctx.save_for_backward(*([grad_h] if ctx.frozen else [hidden, weight, tokens]))
         if asks_entropy:
             ctx.mark_non_differentiable(entropy)
@@ -75,4 +76,5 @@ class TokenScores(torch.autograd.Function):
                 grad_w.addmm_(slope.T, h[rows])  # without a second matrix of its size
             else:
                 grad_w += slope.T @ h[rows]
+            del every, slope
         return grad_h.to(hidden.dtype), grad_w.to(weight.dtype), None, None, None, None

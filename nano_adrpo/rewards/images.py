@@ -180,7 +180,7 @@ def normalisation(path, channels, side, crop):
         size = values.get(key) or side
         if any(not config.among(each, [side]) for each in (size.values() if isinstance(size, dict) else [size])):
             raise InputError(f"{where}: key '{key}' is {size!r}; expected {side}, the model's image_size")
-    return values["image_mean"], values["image_std"]
+    return [[float(x) for x in values[key]] for key in ("image_mean", "image_std")]
 
 
 def preprocess(images, size, mean, std, crop=True):

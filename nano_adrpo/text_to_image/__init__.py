@@ -129,12 +129,13 @@ class TextToImage:
             return torch.cat([self.vae.decode(latent, tile) for latent in inputs]).to(latents.dtype)
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device=None, base=None, encoders=True, lower=None, **options):
+    def from_pretrained(cls, path, dtype=None, device=None, base=None, encoders=True, lower=None, meta=False, **options):
         """Opens a folder in diffusers' pipeline layout or the single file of a public release.
 
         dtype     None keeps each part's own; device: None is the CPU
         base      folder in diffusers' layout for the parts that path lacks, such as a single file's tokenizers
         encoders  False: no text encoder, for prompts that are encoded already
+        meta      True: the transformer alone stays on the meta device, where it has no weights yet
         lower     whether prompts are lower-cased before they are encoded; None: as diffusers does it, which is for SANA alone
         options   of the text encoders, such as t5="stream": see from_pretrained of the family's PromptEncoder
 
@@ -154,9 +155,9 @@ class TextToImage:
         if vae and autoencoder.config.latent_channels != channels:
             found = f"{autoencoder.config.latent_channels} channels; the transformer expects {channels}"
             raise InputError(f"{vae}: the autoencoder's latents have {found}")
-        return cls(
-            family.transformer.from_pretrained(release.need("transformer"), dtype, device), prompts, autoencoder, scheduler
-        )
+        where = "meta" if meta else device
+        transformer = family.transformer.from_pretrained(release.need("transformer"), dtype, where)
+        return cls(transformer, prompts, autoencoder, scheduler)
 
     def save_pretrained(self, path):
         """Writes the parts that are loaded as a folder in diffusers' layout. With all parts, diffusers' pipeline opens it; with

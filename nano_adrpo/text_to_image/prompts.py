@@ -111,10 +111,7 @@ def cached(file, prompts, negative_prompt, path, dtype=None, device=None, base=N
     path, …   the encoders' release and its options, see TextToImage.from_pretrained; device is where the encoders run
     """
     family = family_of(path, base, FAMILIES)
-    release = Release(path, base, family)
-    listed = t5 == "zeros" and family.t5 in release.index  # as without T5, which is what such a release is saved as
-    if t5 != "load" and not (family.t5 and (release.expects(family.t5) or listed)):
-        raise InputError(f"--t5 {t5}: {path} has no T5; expected load, the default")
+    check_t5(path, base, t5)
 
     def encode():
         encoder = family.open_encoder(path, dtype, device, base, lower, t5=t5, **options)
@@ -125,7 +122,7 @@ def cached(file, prompts, negative_prompt, path, dtype=None, device=None, base=N
     lower = family.encoder.lower if lower is None else lower
     options_read = {**options, "t5": t5 == "zeros", "lower": lower}  # a streamed T5 is the same one
     settings = [family.name, prompts, negative_prompt, str(dtype), torch.device(device or "cpu").type, options_read]
-    wanted = fingerprint(release, settings)
+    wanted = fingerprint(Release(path, base, family), settings)
     found = read_conditions(file, wanted)
     if found is None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)  # fails before the encoders are loaded, not after
@@ -133,6 +130,15 @@ def cached(file, prompts, negative_prompt, path, dtype=None, device=None, base=N
         tensors = {prefix + name: x for prefix, some in zip(PREFIXES, found) for name, x in some.tensors().items()}
         safetensors.save(file, {**tensors, "fingerprint": sealed(wanted, tensors)})
     return found
+
+
+def check_t5(path, base, t5):
+    """Raises InputError for a choice of how T5 is read where the release has none."""
+    family = family_of(path, base, FAMILIES)
+    release = Release(path, base, family)
+    listed = t5 == "zeros" and family.t5 in release.index  # as without T5, which is what such a release is saved as
+    if t5 != "load" and not (family.t5 and (release.expects(family.t5) or listed)):
+        raise InputError(f"--t5 {t5}: {path} has no T5; expected load, the default")
 
 
 PREFIXES = ("", "negative.")  # of the tensors' names in the file: the prompts', the negative prompt's

@@ -24,8 +24,8 @@ import torch
 
 from nano_adrpo import files
 from nano_adrpo.errors import InputError, NotWritten, writing
-from nano_adrpo.files import safetensors
-from nano_adrpo.training import options
+from nano_adrpo.files import safetensors, values
+from nano_adrpo.training import distributed, options, sharding
 from nano_adrpo.training.life import refuse_used
 from nano_adrpo.training.step import trained
 
@@ -34,7 +34,7 @@ LOGS = ("metrics.jsonl", "samples.txt")  # they grow with the rounds; --resume c
 INPUTS = ("model", "base", "adapter", "prompts", "held_out", "problems", "few_shot", "chat_template")  # may move, not change
 # Options that --resume may change: they say where and how something is computed or kept, not what.
 FREE = {
-    *INPUTS, "embeddings", "device", "micro_batch", "rollout_batch", "gradient_checkpointing", "compile",
+    *INPUTS, "embeddings", "device", "micro_batch", "rollout_batch", "gradient_checkpointing", "compile", "fsdp",
     "checkpoint_every", "keep_every", "keep_checkpoints", "patience_nonfinite",
 }  # fmt: skip
 
@@ -46,8 +46,12 @@ def begin(args, life, **start):
     life   life.Life, which holds the folder of a run that goes on
 
     Raises InputError for a used folder without --resume, for one that another process works in, for options and inputs that
-    are not the run's, and where no checkpoint is whole.
+    are not the run's, and where no checkpoint is whole. Of several ranks the first does all this.
     """
+    return distributed.first(lambda: find(args, life, start))
+
+
+def find(args, life, start):
     refuse_used(args.out, args.resume)
     config = json.loads(json.dumps(options.saved(args)))
     memory = {"round": -1, "skipped": 0, "logs": {}, "config": config, "inputs": fingerprints(args)}
@@ -63,7 +67,7 @@ def begin(args, life, **start):
         print(f"{out}: has no checkpoint yet; the run starts anew", flush=True)
         return memory
     stored = safetensors.Checkpoint(newest / STATE)
-    found = join(files.read_json(newest / MEMORY), stored.read)
+    found = values.join(files.read_json(newest / MEMORY), stored.read)
     refuse_changes(out, found["config"], args)
     for name in {**found["inputs"], **memory["inputs"]}:
         if found["inputs"].get(name) != memory["inputs"].get(name):
@@ -82,7 +86,7 @@ def restore(out, memory, network, optimizer, ema, generators):
 
     generators   {name: torch.Generator}
     """
-    for name in LOGS:
+    for name in LOGS if distributed.rank() == 0 else ():
         cut(out / name, memory["logs"].get(name, 0))
     if memory["round"] < 0:
         return
@@ -92,13 +96,14 @@ def restore(out, memory, network, optimizer, ema, generators):
     safetensors.check(stored, [key for key in stored.shapes if key in expected], expected, type(network).__name__)
     with torch.no_grad():
         for key, parameter in expected.items():
-            parameter.copy_(stored.read(key))
+            parameter.copy_(sharding.part(parameter, stored.read(key)))
         for name, average in zip(names, ema.average):
-            average.copy_(stored.read(f"average.{name}"))
+            average.copy_(sharding.part(average, stored.read(f"average.{name}")))
     moments = {}
-    for index, name in enumerate(names):  # a parameter that never had a gradient has none
+    for index, (name, parameter) in enumerate(zip(names, trained(network))):  # one that never had a gradient has none
         keys = [key for key in stored.shapes if key.startswith(f"optimizer.{name}.")]
-        moments |= {index: {key.rpartition(".")[2]: stored.read(key).clone() for key in keys}} if keys else {}
+        read = {key.rpartition(".")[2]: sharding.part(parameter, stored.read(key).clone()) for key in keys}
+        moments |= {index: read} if keys else {}
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for name, generator in generators.items():
         try:
@@ -109,12 +114,13 @@ def restore(out, memory, network, optimizer, ema, generators):
 
 
 def tensors_of(network, optimizer, ema, generators):
-    """-> {name: tensor}, what `restore` reads."""
+    """-> {name: tensor}, what `restore` reads, on every rank."""
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     tensors = {f"parameter.{name}": parameter for name, parameter in zip(names, trained(network))}
     tensors |= {f"average.{name}": average for name, average in zip(names, ema.average)}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{names[index]}.{key}": value for key, value in moments.items()}
+    tensors = {name: sharding.full(tensor) for name, tensor in tensors.items()}
     return tensors | {f"generator.{name}": generator.get_state() for name, generator in generators.items()}
 
 
@@ -125,17 +131,20 @@ def save_if_due(args, life, out, round, memory, *parts):
     parts   network, optimizer, moving average and generators, see `restore`
     """
     memory["round"] = round
+    life.signal = max(distributed.gather([life.signal or 0])) or None  # it may have come to some ranks alone
     if life.signal or round % (args.checkpoint_every or args.eval_every) == 0 or round == args.rounds:
         try:
             save(out, memory, tensors_of(*parts), args.keep_every)
         except NotWritten as error:
             raise NotWritten(f"round {round}: {error}; last checkpoint: {last(out)}") from None
     if life.signal:
-        command = shlex.join([sys.executable, sys.argv[0], "--resume", "--out", str(out)])
+        start = [sys.executable] if distributed.size() == 1 else ["torchrun", "--nproc-per-node", str(distributed.size())]
+        command = shlex.join([*start, sys.argv[0], "--resume", "--out", str(out)])
         print(f"{signal.Signals(life.signal).name} after round {round}; to go on: {command}", flush=True)
         sys.exit(128 + life.signal)
 
 
+@distributed.once
 def save(out, memory, tensors, keep_every=None):
     """Writes step-N, whole or not at all: a temporary folder is flushed to the disk and renamed. Then older checkpoints go, but
     for the one before and those of every `keep_every`-th round. Raises NotWritten naming the file that cannot be written."""
@@ -143,7 +152,7 @@ def save(out, memory, tensors, keep_every=None):
     temporary, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old.tmp")
     memory["logs"] = {name: flush(out / name) for name in LOGS if (out / name).exists()}
     tensors = dict(tensors)
-    text = split(memory, "memory", tensors)
+    text = values.split(memory, "memory", tensors)
     with writing(folder):
         folder.parent.mkdir(exist_ok=True)
         temporary.mkdir()
@@ -161,30 +170,6 @@ def save(out, memory, tensors, keep_every=None):
             if number not in last_two and (number > memory["round"] or not keep_every or number % keep_every):
                 os.rename(found[number], found[number].with_name(f".step-{number}.old.tmp"))
         sweep(out)
-
-
-def split(value, name, tensors):
-    """A value for JSON: of dicts, lists and named tuples, whose tensors go into the dict `tensors`, by names that begin with
-    `name`."""
-    if torch.is_tensor(value):
-        tensors[name] = value
-        return {"tensor": name}
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {str(key): split(item, f"{name}.{key}", tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [split(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
-    return value
-
-
-def join(value, read):
-    """The inverse of `split`, as far as JSON knows of it: keys are texts, and named tuples are dicts. read: name -> tensor."""
-    if isinstance(value, list):
-        return [join(item, read) for item in value]
-    if isinstance(value, dict):
-        return read(value["tensor"]) if value.keys() == {"tensor"} else {key: join(item, read) for key, item in value.items()}
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------ whole or damaged

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from nano_adrpo.errors import InputError
+from nano_adrpo.training import distributed
 
 
 def refuse_used(out, resume=False):
@@ -66,12 +67,12 @@ class Life(contextlib.ExitStack):
 
 
 def alive(main):
-    """main(argv, life) -> main(argv=None), which gives it a Life of its own. A GPU that is full, where models are loaded or
-    pictures drawn, becomes one line (in a round, see run.at_round)."""
+    """main(argv, life) -> main(argv=None), which gives it a Life of its own, among the ranks that torchrun started. A GPU that
+    is full, where models are loaded or pictures drawn, becomes one line (in a round, see run.at_round)."""
 
     @functools.wraps(main)
     def call(argv=None):
-        with Life() as life:
+        with Life() as life, distributed.together():
             try:
                 return main(argv, life)
             except torch.OutOfMemoryError as error:

@@ -5,7 +5,6 @@
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -97,6 +96,7 @@ def run(parser, **defaults):
     add("--keep-every", type=positive(int), help="rounds of whose checkpoints each stays; default only the last two stay")
     patience = "rounds in a row with a loss, gradient or reward that is not finite, which take no step, until the run ends"
     add("--patience-nonfinite", type=positive(int), default=3, help=patience)
+    flag(add, "--fsdp", False, "of several processes each keeps a part of the weights; else each keeps all")
     add("--seed", type=seed, default=0, help="of everything that is drawn")
     add("--device", type=device, default="cpu", help="torch device")
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of forward passes; what is trained stays float32")
@@ -131,8 +131,6 @@ def parse(parser, argv):
     argv = [*(words(parser, found.config, argv) if found.config else []), *argv]
     run = Path(found.out) / "config.json" if found.resume else None
     args = parser.parse_args([*(words(parser, run, argv) if run and run.is_file() else []), *argv])
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: expected one process, started without torchrun")
     if args.lora_rank == 0 and (args.lora_alpha or args.lora_targets):
         raise InputError("--lora-alpha and --lora-targets: expected only with --lora-rank")
     if args.lora_rank and args.adapter:
@@ -200,5 +198,6 @@ def idle_in_training(args):
     """The rules, see `refuse_idle`, for the options that both training scripts have."""
     return (
         (args.lr_schedule != "constant", "with --lr-schedule linear or cosine", "--lr-hold", "--lr-end"),
-        (args.rounds > 0, "with --rounds above 0", "--no-eval-first", "--keep-checkpoints"),
+        (args.rounds > 0 or args.eval_first, "with --rounds above 0", "--no-eval-first"),
+        (args.rounds > 0, "with --rounds above 0", "--keep-checkpoints"),
     )

@@ -14,17 +14,24 @@ import torch
 
 from nano_adrpo import files, lora
 from nano_adrpo.errors import InputError, NotFinite, writing
-from nano_adrpo.training import checkpoint, options
+from nano_adrpo.training import checkpoint, distributed, options, sharding
 from nano_adrpo.training.life import full, refuse_used
 
 
 def claim(out, default, config, life):
     """Creates the run's folder with its config.json, and prints that; -> its Path. A run that goes on has its folder already.
+    Of several ranks the first does it.
 
     out       the folder, new or empty; None takes the first of default, default-2, default-3, … that is new
 
     If two runs claim one folder at the same time, one gets it and the other raises InputError.
     """
+    folder = Path(distributed.first(lambda: str(create(out, default, config, life))))
+    life.catch_signals()
+    return folder
+
+
+def create(out, default, config, life):
     refuse_used(out, resume=True)  # what came there since the start
     for number in itertools.count(1):
         folder = life.folder or Path(out or (default if number == 1 else f"{default}-{number}"))
@@ -42,7 +49,6 @@ def claim(out, default, config, life):
             raise InputError(f"--out {out}: another run has it; expected a new or empty folder")
     files.write_json(folder / "config.json", config)
     print(f"{folder}: {json.dumps(config)}", flush=True)
-    life.catch_signals()
     return folder
 
 
@@ -57,7 +63,9 @@ def make_folder(path, out):
 
 
 def new_folder(out):
-    """Creates the new or empty folder of --out; -> its Path."""
+    """Creates the new or empty folder of --out, of a command that is one process; -> its Path."""
+    if distributed.size() > 1:
+        raise InputError(f"WORLD_SIZE is {distributed.size()}: expected one process, started without torchrun")
     refuse_used(out)
     make_folder(out, out)
     return Path(out)
@@ -94,6 +102,7 @@ def skipping(args, memory):
     except NotFinite as error:
         if not prompts:
             raise
+        distributed.tell(error)
         memory["skipped"] += 1
         names = ", ".join(repr(prompt[:60]) for prompt in prompts[:3]) + ", …" * (len(prompts) > 3)
         if memory["skipped"] >= args.patience_nonfinite:
@@ -108,8 +117,10 @@ def skipping(args, memory):
 def save_model(network, save, args, out, ema, round):
     """Writes what was trained in `round` rounds, as its moving average, for whoever opens it: adapter/ in PEFT's format, or
     model/ by `save(folder)`; with --keep-checkpoints also below round-N/. Round 0 has trained nothing."""
-    for folder in [out, *([out / f"round-{round}"] if args.keep_checkpoints else [])] if round else []:
-        with ema.applied():
+    if round == 0:
+        return
+    with ema.applied(), sharding.whole_on_first(network):
+        for folder in [out, *([out / f"round-{round}"] if args.keep_checkpoints else [])] if distributed.rank() == 0 else []:
             if options.adapted(args):
                 lora.save(network, folder / "adapter")
             else:
@@ -157,6 +168,7 @@ class Log:
     def __init__(self, file, rounds):
         self.file, self.rounds, self.done, self.start = Path(file), rounds, 0, time.monotonic()
 
+    @distributed.once
     def write(self, round, values, spent=""):
         """values: {name: number} of the round; {NAME: {metric: number}} of an evaluation, with {NAME_error: {metric: standard
         error}} where errors are known. spent: words about time."""

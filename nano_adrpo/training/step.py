@@ -5,9 +5,11 @@ import copy
 import math
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from nano_adrpo import lora
 from nano_adrpo.errors import NotFinite
+from nano_adrpo.training import distributed, sharding
 from nano_adrpo.training.options import DTYPES, adapted
 
 
@@ -49,14 +51,12 @@ def reference_of(network, adapters):
 @contextlib.contextmanager
 def holding(parameters, values):
     """Inside, the parameters have these values, tensors of the same shapes."""
-    current = [parameter.data for parameter in parameters]
+    current = [sharding.replace_data(parameter, value) for parameter, value in zip(parameters, values)]
     try:
-        for parameter, value in zip(parameters, values):
-            parameter.data = value
         yield
     finally:
         for parameter, data in zip(parameters, current):
-            parameter.data = data
+            sharding.replace_data(parameter, data)
 
 
 def trained(network):
@@ -86,14 +86,17 @@ def learning_rate(args, round):
 
 
 def optimizer_step(optimizer, loss, args, ema):
-    """One AdamW step on the gradients that were summed up, clipped to --clip-grad; then zeroes them. -> the loss and their norm
-    before, as numbers: the one time in a step that the CPU waits for a GPU
+    """One AdamW step on the gradients that were summed up, here and over the ranks, clipped to --clip-grad; then zeroes them.
+    -> the loss over all ranks and the gradients' norm before, as numbers: the one time in a step that the CPU waits for a GPU
 
-    loss   a number or a tensor of one. Where it or the norm is not finite, raises NotFinite: no step, no gradients left
+    loss   this rank's part, a number or a tensor of one. Where the whole or the norm is not finite, raises NotFinite: no step,
+           no gradients left
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-    loss, norm = torch.stack([torch.as_tensor(loss, dtype=torch.float64, device=norm.device), norm.double()]).tolist()
+    distributed.sum_gradients(parameters)
+    norm = sharding.full(clip_grad_norm_(parameters, args.clip_grad)).double()
+    loss = distributed.total(torch.as_tensor(loss, dtype=torch.float64, device=norm.device))
+    loss, norm = torch.stack([loss, norm]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         raise NotFinite(f"loss {loss}, gradient norm {norm}")

@@ -1,11 +1,14 @@
 """The embedded default: paths that exist, functions that enter as a user's own do."""
 
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from nano_adrpo import demo
-from nano_adrpo.demo import digits, digits_recipe
+from nano_adrpo.demo import arithmetic_recipe, digits, digits_recipe
+from nano_adrpo.errors import InputError
 from nano_adrpo.rewards import function, images, text
 
 
@@ -32,3 +35,20 @@ def test_the_judges_and_rewards_enter_by_the_users_door():
     problem = text.read_problems(demo.GRPO["held_out"])[0]
     rewards = text.parse(demo.DECEPTIVE["reward"])(["g####1", f"c####{problem.answer}"], [problem, problem])
     assert rewards["reward"].tolist() == [torch.tensor(0.3).item(), 1.0]
+
+
+@pytest.mark.parametrize("recipe", [arithmetic_recipe, digits_recipe])
+def test_a_recipe_reads_its_options_first_and_writes_into_a_folder_of_its_own(tmp_path, monkeypatch, capsys, recipe):
+    monkeypatch.chdir(tmp_path)
+    for words, code in ((["--help"], 0), (["--bogus"], 2), (["x"], 2)):
+        monkeypatch.setattr(sys, "argv", ["recipe", *words])
+        with pytest.raises(SystemExit) as stop:
+            recipe.main()
+        assert stop.value.code == code
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").touch()
+    monkeypatch.setattr(sys, "argv", ["recipe", "--out", "used"])
+    with pytest.raises(InputError, match="the folder is not empty"):
+        recipe.main()
+    assert {path.name for path in tmp_path.rglob("*")} == {"used", "thesis.txt"}
+    assert "(default: runs/" in " ".join(capsys.readouterr().out.split())

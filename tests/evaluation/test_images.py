@@ -77,7 +77,7 @@ def test_w2_is_measured_on_the_way_from_noise_to_the_samples():
     rows, seen = torch.tensor([7, 8, 9]), []
     for batch in (None, 1, 2):
         value = images.w2(lambda x, t, rows: seen.append(rows) or x, lambda x, t, rows: 0 * x, x1, t, noise, rows, batch)
-        assert value == pytest.approx((1 + 2**2 + 5**2) / 3)
+        assert value.tolist() == [1, 2**2, 5**2]
     assert torch.equal(torch.cat(seen), rows.repeat(3)) and len(seen) == 1 + 3 + 2
 
 

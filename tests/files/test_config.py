@@ -60,6 +60,11 @@ def test_values_that_are_allowed():
         ({"layers": "01"}, "f: key 'layers' is '01'; expected a list, each an int from 0 up"),
         ({"layers": [-1]}, "f: key 'layers' is [-1]; expected a list, each an int from 0 up"),
         ({"sizes": [1.5]}, "f: key 'sizes' is [1.5]; expected a positive int or a list, each a positive int"),
+        ({"width": 2**31}, "f: key 'width' is 2147483648; expected a positive int below 2^31"),
+        ({"layers": [10**12]}, "f: key 'layers' is [1000000000000]; expected a list, each an int from 0 up below 2^31"),
+        ({"eps": 1e-300}, "f: key 'eps' is 1e-300; expected a positive float that float32 can hold"),
+        ({"shift": 1e39}, "f: key 'shift' is 1e+39; expected a number that float32 can hold"),
+        ({"eps": {}}, "f: key 'eps' is {}; expected a positive float"),
         ({"inner": 5}, "f: key 'inner' is 5; expected a JSON object"),
         ({"inner": {"size": 0}}, "f: key 'size' is 0; expected a positive int"),
         ({"inner": {"size": 13}}, "f: size is 13; expected another"),  # what a config's __post_init__ refuses

@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -179,3 +180,38 @@ def test_convert_names_a_file_without_tensors_or_damaged(tmp_path):
             convert.convert(file, out)
         assert "\n" not in str(error.value)
     assert not out.exists()
+
+
+def test_a_small_file_does_not_become_a_large_one(tmp_path):
+    file, out = tmp_path / "x.pt", tmp_path / "x.safetensors"
+    one = torch.ones(1)
+    for state in ({"a": one.expand(2 * 10**8)}, {str(i): torch.ones(10**5)[None].expand(9, -1) for i in range(9)}):
+        torch.save(state, file)
+        with pytest.raises(ValueError, match="x.pt: what it holds takes .* bytes; expected at most .* of a file of its size"):
+            convert.convert(file, out)
+    with zipfile.ZipFile(file) as plain, zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for info in plain.infolist():
+            content = plain.read(info) + bytes(10**8 if info.filename.endswith("data/0") else 0)
+            packed.writestr(info.filename, content, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="y.pt: what it holds takes"):
+        convert.convert(tmp_path / "y.pt", out)
+    state = {"a": one}
+    state["model"] = state  # a dict that holds itself
+    torch.save(state, file)
+    convert.convert(file, out)
+    assert load_file(out) == {"a": one}
+
+
+def test_names_that_a_safetensors_file_cannot_hold(tmp_path):
+    for name in ("__metadata__", "a\ud800"):
+        torch.save({name: torch.ones(1)}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match="a safetensors file cannot hold a tensor of this name"):
+            convert.convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    folder = bins(tmp_path / "in", one={"a": torch.ones(2)}, two={"b": torch.ones(2)})
+    (folder / "pytorch_model-00002-of-00002.bin").write_bytes(b"half")
+    with pytest.raises(ValueError, match="00002-of-00002.bin: "):
+        convert.convert_folder(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

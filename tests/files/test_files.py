@@ -1,8 +1,14 @@
 """Text and JSON: what is damaged is named with its line; what is written is whole."""
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 
 from nano_adrpo import files
+from nano_adrpo.errors import InputError, MissingFile, NotWritten, about
+from nano_adrpo.files import safetensors
 
 
 def test_json_is_read_or_named(tmp_path):
@@ -44,3 +50,65 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         files.replace(file, fail)
     assert file.read_bytes() == b"before" and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_is_nested_deeper_than_pythons_own_tools_go_is_refused(tmp_path):
+    for depth, whole in ((60, True), (70, False), (900, False), (100_000, False)):
+        for content in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
+            try:
+                files.parse_json('{"x": ' + content + "}", "f")
+                assert whole
+            except InputError as error:
+                assert not whole and str(error).startswith("f: not valid JSON (")
+
+
+def test_an_index_names_files_beside_it(tmp_path):
+    index = tmp_path / "i.json"
+    for name in ("../x", "/etc/passwd", "sub/../../x", "sub/x", "..", ".", "", "a\0b", "a" * 256, "..\\x"):
+        index.write_text(json.dumps({"weight_map": {"a": "x.bin", "b": name}}))
+        with pytest.raises(InputError, match="expected the plain name of a file beside it"):
+            files.read_index(index)
+    for name in ("x.bin", "..x", "a b", "é.safetensors"):
+        assert files.plain_name(name, "i") == name
+
+
+def test_a_new_file_follows_no_link_and_a_new_folder_is_whole(tmp_path):
+    (tmp_path / "theirs").write_text("mine")
+    seen = []
+
+    def write(temporary):
+        seen.append(temporary.parent.name)
+        assert temporary.parent.stat().st_mode & 0o77 == 0  # nobody else can put a link there
+        temporary.write_text("new")
+
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    for _ in range(2):
+        files.replace(tmp_path / "link", write)
+    assert (tmp_path / "theirs").read_text() == "mine" and not (tmp_path / "link").is_symlink() and len(set(seen)) == 2
+    with pytest.raises(ZeroDivisionError), files.new_folder(tmp_path / "out") as new:
+        (new / "half").touch()
+        raise ZeroDivisionError
+    assert {path.name for path in tmp_path.iterdir()} == {"theirs", "link"}
+    with files.new_folder(tmp_path / "out") as new:
+        (new / "whole").touch()
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+    with pytest.raises(InputError, match="out: exists; expected a new or empty folder"), files.new_folder(tmp_path / "out"):
+        pass
+
+
+def test_what_cannot_be_written_is_named_in_one_line(tmp_path):
+    for file, reason in ((tmp_path / "no" / "x.json", "No such file or directory"), (Path("/dev/null/x"), "Not a directory")):
+        with pytest.raises(NotWritten, match=f"^{file}: cannot be written .{reason}"):
+            files.write_json(file, {})
+        with pytest.raises(OSError, match=f"^{file}: cannot be written .{reason}"):
+            safetensors.save(file, {"a": torch.ones(1)})
+
+
+def test_a_message_is_one_line_fit_to_print():
+    line = "a\x1b[31m\nb\u202e\ud83d\u2028 β ← é"
+    for kind in (InputError, MissingFile, NotWritten):
+        assert str(kind(line)) == r"a\x1b[31m\nb\u202e\ud83d\u2028 β ← é"
+    with pytest.raises(MissingFile) as error, about("x\n"):
+        raise MissingFile("y" * 5000 + "end")
+    assert str(error.value).startswith(r"x\n: yyy") and str(error.value).endswith("yend") and len(str(error.value)) < 1010

@@ -196,3 +196,16 @@ def test_a_grid_is_filled_row_by_row_and_the_rest_is_white():
     for wrong in ((torch.zeros(0, 1, 2, 2), 1), (torch.zeros(1, 2, 2), 1), (torch.zeros(1, 1, 2, 2), 0)):
         with pytest.raises(ValueError, match="no grid of images"):
             images.grid(*wrong)
+
+
+def test_small_files_do_little_work(tmp_path):
+    start = time.process_time()
+    for width, height, kind in ((300_000, 1, 3), (1, 300_000, 4), (16_384, 1, 4), (1, 16_384, 3), (5000, 5000, 4)):
+        rows = (bytes([kind]) + bytes(width)) * height
+        (tmp_path / "x.png").write_bytes(png(width, height, 0, [rows]))
+        if max(width, height) > 2**14 or width * height > 2**24:
+            with pytest.raises(ValueError, match=f"an image of {width} × {height} pixels; expected at most 16,777,216"):
+                images.read_png(tmp_path / "x.png")
+        else:
+            assert (images.read_png(tmp_path / "x.png") == -1).all()
+    assert time.process_time() - start < 5

@@ -3,6 +3,7 @@ that names the file and the key as the file spells it, with device="meta" too.""
 
 import json
 import os
+import time
 
 import pytest
 import tiny
@@ -68,6 +69,10 @@ CONFIGS = {
         ({"out_channels": 0}, "key 'out_channels' is 0; expected a positive int or null"),
         ({"qk_norm": "layer_norm"}, "key 'qk_norm' is 'layer_norm'; expected 'rms_norm' or null"),
         ({"caption_projection_dim": 64}, "caption_projection_dim is 64; expected heads × head dim = 128"),
+        ({"patch_size": 3}, "sample_size 8 and patch_size 3; expected a multiple of 4, and whole patches"),
+        ({"sample_size": 1}, "sample_size 1 and patch_size 2; expected"),
+        ({"num_layers": 10**12}, "key 'num_layers' is 1000000000000; expected a positive int below 2^31"),
+        ({"pooled_projection_dim": 10**400}, "expected a positive int below 2^31"),
     ],
     "vae": [
         ({"_class_name": "AutoencoderTiny"}, "key '_class_name' is 'AutoencoderTiny'; expected 'AutoencoderKL'"),
@@ -197,6 +202,24 @@ def test_configs_that_are_not_implemented(tmp_path, kind):
         refused(message, type(model), tmp_path)
         with pytest.raises(ValueError, match=f"^{where}: "):
             type(model).from_pretrained(tmp_path)
+
+
+COUNTS = {"t5": "num_layers", "mmdit": "num_layers", "sana": "num_layers", "vae": "layers_per_block"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FOLDERS if kind != "image reward"])
+def test_a_config_of_more_layers_than_the_file_holds_builds_none(tmp_path, kind):
+    model = build(kind)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    large = {COUNTS.get(kind, "num_hidden_layers"): 10**8}
+    large = {"decoder_layers_per_block": [1, 10**8, 1]} if kind == "dc-ae" else large
+    towers = [name for name in ("text_config", "vision_config") if name in config]
+    start = time.process_time()
+    for change in [{name: config[name] | large} for name in towers] or [large]:
+        tiny.write_json(tmp_path / "config.json", config | change)
+        refused(f"{tmp_path}: its config asks for more layers than it holds; expected those of its ", type(model), tmp_path)
+    assert time.process_time() - start < 5
 
 
 # ---------------------------------------------------------------------------------------------------------------- tensors

@@ -151,3 +151,39 @@ def test_a_broken_bert_folder_is_named(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             BertTokenizer(tmp_path)
         assert "\n" not in str(error.value)
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "q"}, "content": "q" * 10}
+HARMFUL = {  # what the tokenizers package does with it: takes all memory, panics when it opens, encodes or decodes
+    "normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 12},
+    "normalizer ": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    "pre_tokenizer": {"type": "FixedLength", "length": 0},
+    "pre_tokenizer ": {
+        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
+    },
+    "decoder": {"type": "Strip", "content": "a", "start": 10**9, "stop": 10**9},
+    "model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", HARMFUL)
+def test_a_harmful_tokenizer_is_one_line(tmp_path, capfd, part):
+    tiny.t5_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    tiny.write_json(file, json.loads(file.read_text()) | {part.strip(): HARMFUL[part]})
+    with pytest.raises(ValueError, match=f"^{file}: not a tokenizer ") as error:
+        PromptTokenizer(tmp_path)
+    assert str(error.value).isprintable() and capfd.readouterr().err == ""
+
+
+def test_what_a_tokenizer_lacks_is_told_with_the_prompt(tmp_path, capfd):
+    tiny.t5_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"]["unk_id"] = None
+    tiny.write_json(file, values)
+    tokenizer = PromptTokenizer(tmp_path)
+    assert tokenizer(["the bing"], 5).shape == (1, 5)
+    with pytest.raises(ValueError, match="^the prompt 'é ü': the tokenizer cannot encode it .Encountered an unknown token"):
+        tokenizer(["the bing", "é ü"], 5)
+    assert capfd.readouterr().err == ""

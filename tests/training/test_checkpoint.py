@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nano_adrpo.errors import InputError
+from nano_adrpo.files import values
 from nano_adrpo.training import checkpoint
 from nano_adrpo.training.life import Life
 from nano_adrpo.training.step import MovingAverage
@@ -74,9 +75,9 @@ class Pair(NamedTuple):
 def test_a_memory_of_numbers_and_tensors_comes_back():
     value = {"first": [1, 0.1, None, "x"], 7: {"pair": Pair(torch.arange(3), (True, torch.ones(2)))}}
     tensors = {}
-    text = checkpoint.split(value, "memory", tensors)
+    text = values.split(value, "memory", tensors)
     assert tensors.keys() == {"memory.7.pair.left", "memory.7.pair.right.1"}
-    back = checkpoint.join(text, tensors.get)
+    back = values.join(text, tensors.get)
     assert back["first"] == value["first"] and back["7"]["pair"]["right"][0] is True
     assert torch.equal(back["7"]["pair"]["left"], torch.arange(3)) and torch.equal(back["7"]["pair"]["right"][1], torch.ones(2))
 

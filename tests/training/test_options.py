@@ -51,7 +51,7 @@ def test_a_bad_config_is_refused(tmp_path, capsys):
     assert "nowhere.json: no such file" in refused(capsys, lambda: options.parse(parser(), ["--config", "nowhere.json"]))
 
 
-def test_a_run_goes_on_with_its_own_options(tmp_path, capsys, monkeypatch):
+def test_a_run_goes_on_with_its_own_options(tmp_path, capsys):
     first = options.saved(options.parse(parser(), ["--rounds", "7", "--low", "-8", "--words", "a", "b"]))
     again = ["--resume", "--out", str(tmp_path)]
     assert options.parse(parser(), [*again, "--seed", "3"]).rounds == 5  # no run there yet
@@ -61,8 +61,6 @@ def test_a_run_goes_on_with_its_own_options(tmp_path, capsys, monkeypatch):
     given = options.parse(parser(), [*again, "--config", str(tmp_path / "other.json"), "--seed", "3"])
     assert (given.rounds, given.seed, given.low) == (8, 3, -8)  # the run's, the file's, the command line's: the last one counts
     assert "--resume: expected with --out" in refused(capsys, lambda: options.parse(parser(), ["--resume"]))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE is 2: expected one process" in refused(capsys, lambda: options.parse(parser(), []))
 
 
 def test_the_types_of_options():
@@ -86,3 +84,11 @@ def test_sizes_and_ranges_are_checked():
         options.divides("--x", 5, 16, "samples")
     with pytest.raises(InputError, match=r"--a-min and --a-max: the advantage's range is \[2, 1\]"):
         options.check_range(2, 1)
+
+
+def test_an_option_without_effect_is_refused_on_the_command_line_alone(tmp_path):
+    rules = (False, "with --x", "--low"), (True, "with --y", "--words")
+    options.refuse_idle(["--words", "a", "--lower", "1"], *rules)
+    for words in (["--low", "1"], ["--rounds", "2", "--low=1"]):
+        with pytest.raises(InputError, match="^--low: expected only with --x$"):
+            options.refuse_idle(words, *rules)

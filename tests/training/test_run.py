@@ -87,6 +87,12 @@ def test_only_what_a_run_left_is_taken_up(tmp_path):
             refuse_used(tmp_path, resume)
 
 
+def test_torchrun_is_refused_by_commands_that_are_one_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE is 2: expected one process"):
+        run.new_folder(tmp_path)
+
+
 def test_an_error_in_a_round_names_it(tmp_path):
     phases, args = run.Phases("cpu"), argparse.Namespace(rollout_batch=None)
     phases.begin("update")
