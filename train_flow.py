@@ -12,15 +12,16 @@ to --out: config.json, metrics.jsonl, model/ (diffusers' layout) or adapter/ (PE
 evolution.png and curves.png.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from nano_adrpo import adrpo, demo, lora, ode
+from nano_adrpo import adrpo, demo, lora, ode, rivals
 from nano_adrpo.errors import InputError, Parser, about, run_command
 from nano_adrpo.evaluation import plots
 from nano_adrpo.evaluation.images import Evaluation, evaluate, evenly
-from nano_adrpo.rewards import function, images
+from nano_adrpo.rewards import function, images, weighted
 from nano_adrpo.text_to_image import TextToImage
 from nano_adrpo.text_to_image.prompts import cached, read_prompts
 from nano_adrpo.training import checkpoint, options, run
@@ -38,15 +39,17 @@ from nano_adrpo.training.step import (
     weight_dtype,
 )  # fmt: skip
 
-# A method is (weight, beta) of `flow_loss`, each a number or one for each sample, made of rewards R and advantages A [N].
-# A new method is a new line. (DPO compares pairs and has a loss of its own.)
+# A method is (weight, beta) of `flow_loss`, each a number or one for each sample, made of rewards R and advantages A [N] and of
+# rewards of weight 0, [N] each. A new method is a new line. (DPO compares pairs and has a loss of its own.)
 METHODS = {
     # Eq. 6: A and β0 − A, of the clamped A
-    "adrpo": lambda R, A, args: adrpo.adaptive_coefficients(A, args.beta0, (args.a_min, args.a_max)),
-    "fixed-beta": lambda R, A, args: (A.clamp(args.a_min, args.a_max), args.beta0),
-    "orw-cfm-w2": lambda R, A, args: (adrpo.reward_weights(R, args.tau, args.group_size), args.beta0),
-    "raft": lambda R, A, args: (adrpo.best_of_group(R, args.group_size), 0.0),
-    "dpo": lambda R, A, args: (0.0, 0.0),  # not used
+    "adrpo": lambda R, A, others, args: adrpo.adaptive_coefficients(A, args.beta0, (args.a_min, args.a_max)),
+    "fixed-beta": lambda R, A, others, args: (A.clamp(args.a_min, args.a_max), args.beta0),
+    "gardo-gate": lambda R, A, others, args: (A.clamp(args.a_min, args.a_max), rivals.uncertainty_gate(R, others, args.beta0)),
+    "orw-cfm-w2": lambda R, A, others, args: (adrpo.reward_weights(R, args.tau, args.group_size), args.beta0),
+    "raft": lambda R, A, others, args: (adrpo.best_of_group(R, args.group_size), 0.0),
+    "dpo": lambda R, A, others, args: (0.0, 0.0),  # not used
+    "dpo-offline": lambda R, A, others, args: (0.0, 0.0),  # nor here; the paper's baseline
 }
 
 
@@ -66,7 +69,7 @@ def main(argv, life):
     state = policy.transformer, optimizer, ema, {"draws": generator}
     checkpoint.restore(out, memory, *state)
     log, phases = run.Log(out / "metrics.jsonl", args.rounds), run.Phases(args.device)
-    dpo, share = (True, 2) if args.method == "dpo" else (False, 1)  # DPO: the two samples of a pair share t and x0
+    dpo, share = (True, 2) if args.method in DPO else (False, 1)  # DPO: the two samples of a pair share t and x0
 
     def noise(count):
         return torch.randn(count, *shape, generator=generator).to(args.device)
@@ -84,8 +87,8 @@ def main(argv, life):
                 drawn = drawn.repeat_interleave(args.group_size)  # [N], rows of `prompts` and `condition`
                 asked, told = [texts[row] for row in drawn.tolist()], condition[drawn].to(args.device)
                 involved += asked[:: args.group_size]
-                with whole(policy.transformer), autocast(args):
-                    x1, pixels = policy.draw(mine(noise(len(asked))), mine(told), **sampling)
+                with drawn_from(args, policy, reference) as network, whole(network), autocast(args):
+                    x1, pixels = policy.draw(mine(noise(len(asked))), mine(told), **sampling, transformer=network)
 
                 # 2. Reward: R [N], and the terms of this weighted sum, on the CPU, as the pixels are; models go to --device.
                 phases.begin("reward")
@@ -96,7 +99,7 @@ def main(argv, life):
 
                 # 3. Advantages A [N] within the groups. The method's line above turns them into weight and beta [N].
                 A = adrpo.group_advantages(R, args.group_size)
-                weight, beta = (torch.as_tensor(c).to(A).expand_as(A) for c in METHODS[args.method](R, A, args))
+                weight, beta = (torch.zeros_like(A) + c for c in METHODS[args.method](R, A, reward.unweighted(rewards), args))
                 x1, told = best_and_worst(args, R, x1, told) if dpo else (x1, told)
 
                 # 4. Gradient steps on these samples. v alone has a gradient.
@@ -120,7 +123,7 @@ def main(argv, life):
                     loss, norm = optimizer_step(optimizer, sum(losses), args, ema)
 
                 # 5. Log.
-                values |= describe(args, rewards, beta) | {"loss": loss, "grad_norm": norm}
+                values |= describe(args, rewards, weight, beta) | {"loss": loss, "grad_norm": norm}
                 memory["flat"] = run.still_flat(memory["flat"], values["zero_spread"], round, args.rounds)
 
         # 6. Evaluate the moving average on training and on held-out prompts, from the same noises in every run; save it.
@@ -161,7 +164,14 @@ def remember(evaluations, round, found):
     return values | {f"{name}_error": evaluation.errors for name, evaluation in found.items()}
 
 
+DPO = "dpo", "dpo-offline"  # the methods that compare pairs
+CLAMPED = "adrpo", "fixed-beta", "gardo-gate"  # those that weight by the clamped A
 BEST, WORST = slice(0, None, 2), slice(1, None, 2)  # rows of a batch of pairs
+
+
+def drawn_from(args, policy, reference):
+    """-> `with … as network:`, the network of the rollouts: the policy's or, in off-line DPO, the reference's in all rounds."""
+    return reference() if args.method == "dpo-offline" else nullcontext(policy.transformer)
 
 
 def best_and_worst(args, R, x1, told):
@@ -250,13 +260,14 @@ def draw_times(args, count, generator):
     return 1 - (1 - t).sqrt() if args.time_density == "noise" else t
 
 
-def describe(args, rewards, beta):
+def describe(args, rewards, weight, beta):
     """What to log of a round, {name: number}."""
     groups = rewards["reward"].reshape(-1, args.group_size)
     values = {name: value.mean().item() for name, value in rewards.items()}
     values["reward_std"] = groups.std(dim=1).mean().item()
     values["zero_spread"] = (groups == groups[:, :1]).all(dim=1).float().mean().item()
-    return values | {"beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item()}
+    values |= {"beta_min": beta.min().item(), "beta_mean": beta.mean().item(), "beta_max": beta.max().item()}
+    return values | {"weight_mean": weight.mean().item()}  # the clamp moves both means
 
 
 @once
@@ -297,19 +308,19 @@ def report(out, prompts, evaluations, kind):
 def parse(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument_group("algorithm").add_argument
-    add("--method", choices=tuple(METHODS), default="adrpo", help="coefficients of the loss, see nano_adrpo/adrpo.py")
+    add("--method", choices=tuple(METHODS), default="adrpo", help="coefficients of the loss, see adrpo.py and rivals.py")
     add(
         "--beta0",
         type=positive(float, zero=True),
         default=0.03,
-        help="β0 of adrpo, β of fixed-beta, in --beta-unit; β of orw-cfm-w2",
+        help="β0 of adrpo and gardo-gate, β of fixed-beta, in --beta-unit; β of orw-cfm-w2",
     )
     add("--a-min", type=finite, default=-4.0, help="A_min, the advantage's lower bound, in --beta-unit")
     add("--a-max", type=finite, default=4.0, help="A_max, its upper bound")
     unit = "the reward's deviation within a group in the first evaluation, or 1; what rewards are divided by"
     add("--beta-unit", choices=("deviation", "reward"), default="deviation", help=unit)
     add("--tau", type=positive(float), default=1.0, help="τ of orw-cfm-w2's exp(τ·R), per --beta-unit")
-    add("--beta-dpo", type=positive(float), default=50.0, help="β of dpo, per squared velocity per element")
+    add("--beta-dpo", type=positive(float), default=50.0, help="β of DPO, per squared velocity per element")
     add("--time-density", choices=("uniform", "noise"), default="uniform", help="of t in the loss: 1, or 2(1 − t)")
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompts-per-round", type=positive(int), default=16, help="prompts drawn a round")
@@ -351,11 +362,13 @@ def parse(argv=None):
     if args.fsdp and Path(args.model).is_file():
         raise InputError(f"--fsdp, --model {args.model}: expected a folder, of whose tensors each process reads its parts")
     if args.micro_batch:
-        size, what = (1, "pairs") if args.method == "dpo" else (args.group_size, "samples")
+        size, what = (1, "pairs") if args.method in DPO else (args.group_size, "samples")
         options.divides("--micro-batch", args.micro_batch, args.prompts_per_round * size, f"{what} of a round")
     options.check_range(args.a_min, args.a_max)
     if args.method == "adrpo" and args.beta0 == 0:
         raise InputError("--beta0 0: expected a positive number with --method adrpo; the other methods take 0")
+    if args.method == "gardo-gate" and all(weight for _, weight in map(weighted, args.reward)):
+        raise InputError("--method gardo-gate: expected a --reward of weight 0, such as FILE.py:FUNCTION@0, to compare with")
     for option in ("held_out", "embeddings"):
         if getattr(args, option) and not args.prompts:
             raise InputError(f"--{option.replace('_', '-')}: expected only with --prompts")
@@ -369,9 +382,9 @@ def refuse_idle(args, argv):
     options.refuse_idle(
         argv,
         (args.method == "orw-cfm-w2", "with --method orw-cfm-w2", "--tau"),
-        (args.method == "dpo", "with --method dpo", "--beta-dpo"),
-        (args.method not in ("raft", "dpo"), "with --method adrpo, fixed-beta or orw-cfm-w2", "--beta0"),
-        (args.method in ("adrpo", "fixed-beta"), "with --method adrpo or fixed-beta", "--a-min", "--a-max"),
+        (args.method in DPO, "with --method dpo or dpo-offline", "--beta-dpo"),
+        (args.method not in ("raft", *DPO), "with --method adrpo, fixed-beta, gardo-gate or orw-cfm-w2", "--beta0"),
+        (args.method in CLAMPED, "with --method adrpo, fixed-beta or gardo-gate", "--a-min", "--a-max"),
         (args.guidance > 1, "with --guidance above 1", "--negative-prompt"),
         (args.prompts, "with --prompts: the demo's model has no T5", "--t5"),
         *options.idle_in_training(args),

@@ -19,7 +19,7 @@ import functools
 
 import torch
 
-from nano_adrpo import adrpo, demo, files, lora, metrics
+from nano_adrpo import adrpo, demo, files, lora, metrics, rivals
 from nano_adrpo.demo import sounds
 from nano_adrpo.errors import InputError, Parser, about, run_command, writing
 from nano_adrpo.evaluation import plots
@@ -47,11 +47,17 @@ from nano_adrpo.training.step import (
     weight_dtype,
 )  # fmt: skip
 
-# A method is its β: a number, or one for each completion, from the normalised advantages A [N]. A new method is a new line.
+# A method is its β: a number, or one for each completion, from the rewards R and the normalised advantages A [N]. A new method
+# is a new line.
 METHODS = {
-    "adrpo": lambda A, args: args.beta0 - A.clamp(*advantage_range(args)),  # Eq. 7: β0 − clamp(A)
-    "grpo": lambda A, args: args.beta0,  # Eq. 3
+    "adrpo": lambda R, A, args: args.beta0 - A.clamp(*advantage_range(args)),  # Eq. 7: β0 − clamp(A)
+    "grpo": lambda R, A, args: args.beta0,  # Eq. 3
+    "accuracy-beta": lambda R, A, args: rivals.accuracy_beta(R, args.beta0),
+    # Controls: ADRPO's β of the group before, so that A's place in β does nothing, and β0 + clamp(A)
+    "shuffled": lambda R, A, args: args.beta0 - A.clamp(*advantage_range(args)).roll(args.group_size),
+    "anti": lambda R, A, args: args.beta0 + A.clamp(*advantage_range(args)),
 }
+CLIPPED = "adrpo", "shuffled", "anti"  # the methods in which clamp(A) stands
 
 
 @alive
@@ -92,7 +98,7 @@ def main(argv, life):
 
                 # 3. Advantages A [N] within the groups, and β [N]: β0 − clamp(A), or what the method's line above says.
                 A = adrpo.group_advantages(R, args.group_size, normalize=True)
-                beta = torch.as_tensor(METHODS[args.method](A, args), device=A.device).expand_as(A)
+                beta = torch.as_tensor(METHODS[args.method](R, A, args), device=A.device).expand_as(A)
 
                 # 4. Gradient steps on these completions. logp alone has a gradient.
                 phases.begin("update")
@@ -236,7 +242,7 @@ def describe(args, rollout, asked, rewards, A, beta, entropy, logp, ref_logp):
     engine = None if rollout.logp is None else rollout.logp[rollout.mask.bool()]
     groups = rewards["reward"].reshape(-1, args.group_size)
     low, high = advantage_range(args)
-    at_bounds = ((A <= low) | (A >= high)) & (args.method == "adrpo")
+    at_bounds = ((A <= low) | (A >= high)) & (args.method in CLIPPED)
     right = text.right(rollout.texts, asked)
     return {
         **reward_means(rewards),
@@ -273,8 +279,8 @@ def write_samples(out, round, problems, texts):
 def parse(argv=None):
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument_group("algorithm").add_argument
-    add("--method", choices=tuple(METHODS), default="adrpo", help="coefficient of the KL: β0 − A, or β0")
-    add("--beta0", type=positive(float, zero=True), default=0.04, help="β0 (adrpo), or β (grpo); 0: no KL")
+    add("--method", choices=tuple(METHODS), default="adrpo", help="coefficient of the KL: β0 − A, β0, see METHODS")
+    add("--beta0", type=positive(float, zero=True), default=0.04, help="β0, or β (grpo); 0: no KL")
     add("--a-min", type=finite, help="A_min, the lower bound of A within β0 − A, in deviations; default −β0")
     add("--a-max", type=finite, help="A_max, its upper bound; default β0")
     add("--clip-eps", type=positive(float), default=0.2, help="ε of the ratio's clip [1 − ε, 1 + ε]")
@@ -350,6 +356,8 @@ def parse(argv=None):
     divided(args, "prompts_per_round", "micro_batch", **{f"--minibatches {args.minibatches}, completions in each:": size})
     if bool(args.problems) != bool(args.held_out):
         raise InputError("--problems and --held-out: expected both or neither")
+    if args.method == "shuffled" and args.prompts_per_round == 1:
+        raise InputError("--method shuffled: expected --prompts-per-round of at least 2: it takes β from another group")
     resolve_task(args)
     if args.eval_top_p > 1:
         raise InputError(f"--eval-top-p {args.eval_top_p}: expected at most 1")
@@ -376,11 +384,11 @@ def resolve_task(args):
 
 def refuse_idle(args, argv):
     """Refuses options that have no effect beside the others."""
-    regularised = args.beta0 > 0 or args.method == "adrpo" and advantage_range(args) != (0, 0)
+    regularised = args.beta0 > 0 or args.method in CLIPPED and advantage_range(args) != (0, 0)
     several = args.inner_epochs * args.minibatches > 1 or args.rollouts
     options.refuse_idle(
         argv,
-        (args.method == "adrpo", "with --method adrpo", "--a-min", "--a-max"),
+        (args.method in CLIPPED, f"with --method {', '.join(CLIPPED)}", "--a-min", "--a-max"),
         (several, "with --inner-epochs or --minibatches above 1: in a single step the ratio is 1", "--clip-eps"),
         (regularised, "with a --beta0 above 0: there is no KL", "--kl"),
         (args.eval_temperature > 0, "with --eval-temperature above 0", "--eval-top-k", "--eval-top-p"),

@@ -5,8 +5,8 @@ import torch
 
 from bench.language import WIDE, both
 from bench.measure import operations, peak
-from nano_adrpo.models.decoder import Config, Decoder
 from nano_adrpo.models import mmdit
+from nano_adrpo.models.decoder import Config, Decoder
 
 
 def slope(count, low, high):
@@ -60,7 +60,7 @@ def blocks(dtype):
 
 
 def scores(frozen, rows=4, tokens=512):
-    """{side: MiB at most that log-probabilities and their gradient hold, beyond weights and .grad}, of one layer of Qwen2.5-0.5B."""
+    """{side: MiB that log-probabilities and their gradient hold beyond weights and .grad}, for one layer of Qwen2.5-0.5B."""
     with torch.device("meta"):
         model, ids = Decoder(Config("qwen2", **WIDE, num_hidden_layers=1)), torch.zeros(rows, tokens + 1, dtype=torch.long)
     model.model.embed_tokens.requires_grad_(not frozen)

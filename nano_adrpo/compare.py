@@ -3,13 +3,21 @@
     python -m nano_adrpo.compare flow          # the digits demo: all flow methods, on held-out prompts
     python -m nano_adrpo.compare grpo          # the arithmetic demo: GRPO and ADRPO-GRPO, and the clip of the paper's Table 3
     python -m nano_adrpo.compare deceptive     # arithmetic in which a guess pays a little: who escapes?
+    python -m nano_adrpo.compare epochs        # arithmetic with many passes over few completions, and controls
+    python -m nano_adrpo.compare epochs-deceptive                    # the same on the deceptive task
     python -m nano_adrpo.compare audio         # the audio demo: GRPO and the clips of the paper's Table 3
     python -m nano_adrpo.compare when          # when does an adaptive β help? Small experiments with controls, see when/
 
+There are two stages. In the first every setting runs with seed 0 at every learning rate, the same ones for all; in the second
+it runs with the other seeds at the rate of the best final accuracy, on the evaluation's prompts. Seed 0 has been chosen by what
+it is then judged by, which flatters every setting a little, and all in the same way. A comparison of one rate has nothing to
+choose.
+
 A comparison that was interrupted goes on where it stopped, within its runs too. Each run is one of the training scripts, in a
 process of its own, which ends with the comparison, and in a folder of its own. Written to --out: table.md (mean ± standard
-error over seeds), results.json (every evaluated round, mean over seeds) and the trade-off pictures, reward against diversity
-and against divergence.
+error over seeds; mean_beta is the mean coefficient of the divergence, see `read`), results.json (every evaluated round, mean
+over seeds), the trade-off pictures, reward against diversity and against divergence, and of language models progress.png,
+reward and entropy over the rounds as in the paper's Figure 4.
 """
 
 import itertools
@@ -22,10 +30,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nano_adrpo import files, when
-from nano_adrpo.demo import DECEPTIVE
+from nano_adrpo import demo, files, when
 from nano_adrpo.errors import InputError, Parser, run_command
-from nano_adrpo.evaluation import plots, tables
+from nano_adrpo.evaluation import plots, progress, tables
 from nano_adrpo.files.config import Index, fits, section
 from nano_adrpo.training.life import Life
 from nano_adrpo.training.options import positive
@@ -43,17 +50,36 @@ class Comparison:
     up: tuple  # on the vertical axis, a panel each
     rates: tuple = (None,)  # learning rates that every setting is run with; None is the script's own
     common: dict = field(default_factory=dict)
+    columns: dict = None  # of table.md: {metric: its heading}; None: all metrics
 
 
-FLOW = {  # the strengths of each method span weak to strong regularisation, in deviations of the reward within a group
-    **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (0.03, 0.1, 0.3)},
-    **{f"ADRPO β0={b:g}, clip ±β0": {"method": "adrpo", "beta0": b, "a-min": -b, "a-max": b} for b in (0.1, 0.3)},
-    **{f"fixed β={b:g}": {"method": "fixed-beta", "beta0": b} for b in (0.03, 0.1, 0.3)},
-    **{f"fixed β={b:g}, clip ±β0": {"method": "fixed-beta", "beta0": b, "a-min": -b, "a-max": b} for b in (0.1, 0.3)},
-    **{f"ORW-CFM-W2 τ={t:g}, β={b:g}": {"method": "orw-cfm-w2", "tau": t, "beta0": b} for t, b in ((1, 0.3), (3, 0.3), (3, 1))},
-    **{f"DPO β={b:g}": {"method": "dpo", "beta-dpo": b} for b in (20, 50, 200)},
-    "RAFT": {"method": "raft"},
+def clipped(method, beta0, clip):
+    """A setting of the flow whose advantages are clamped to ±clip, all in deviations of the reward within a group."""
+    return {"method": method, "beta0": beta0, "a-min": -clip, "a-max": clip}
+
+
+# (β0, clip). Theory knows where ADRPO ends if the clip is at most ±β0, not with a wide one (docs/theory.md). The last is the
+# demo's.
+CLIPS = {
+    **{f"{b:g}, clip ±β0": (b, b) for b in (0.1, 0.3)},
+    "0.03, clip ±8β0": (0.03, 0.24),
+    "0.03, clip ±4": (0.03, 4),
 }
+FLOW = {  # the strengths of each method span weak to strong regularisation
+    **{f"ADRPO β0={name}": clipped("adrpo", *values) for name, values in CLIPS.items()},
+    **{f"fixed β={name}": clipped("fixed-beta", *values) for name, values in CLIPS.items()},
+    "fixed β=0, clip ±4": clipped("fixed-beta", 0, 4),  # advantage weighting without divergence
+    # τ per deviation of the reward; β has no unit, as it stands beside weights of mean 1. The last is the authors' τ and β, but
+    # their weights exp(τR) are not normalised and their τ is per unit of their reward.
+    **{f"ORW-CFM-W2 τ={t:g}, β={b:g}": {"method": "orw-cfm-w2", "tau": t, "beta0": b} for t, b in ((3, 0.3), (0.5, 1))},
+    "DPO β=50": {"method": "dpo", "beta-dpo": 50},
+    "DPO-offline β=50": {"method": "dpo-offline", "beta-dpo": 50},
+    "RAFT": {"method": "raft"},
+    # A tenth of the samples has β0, so that the mean of β is 0.03.
+    "GARDO gate β0=0.3, clip ±4": {
+        **clipped("gardo-gate", 0.3, 4), "reward": [*demo.FLOW["reward"], demo.FLOW["auxiliary"]],
+    },
+}  # fmt: skip
 GRPO = {  # ADRPO puts up to 2·β0 on a losing sample, so GRPO is run at β0 and at 2·β0
     **{f"GRPO β={b:g}": {"method": "grpo", "beta0": b} for b in (0.04, 0.08, 0.2, 0.4)},
     **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (0.04, 0.2)},
@@ -62,10 +88,22 @@ GRPO = {  # ADRPO puts up to 2·β0 on a losing sample, so GRPO is run at β0 an
         for k in (0.5, 2)
     },
 }
+BY_ACCURACY = {f"FG-ExPO-like β0={b:g}": {"method": "accuracy-beta", "beta0": b} for b in (0.04, 0.2)}
 GUESSES = {
     **{f"GRPO β={b:g}": {"method": "grpo", "beta0": b} for b in (0.04, 0.2, 0.4)},
     **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (0.04, 0.2)},
 }
+EPOCHS = {  # passes over a round's completions; β shuffled among samples, and β0 + A, tell what A does in β
+    f"{name} β0={b:g}, {epochs} epochs": {"method": method, "beta0": b, "inner-epochs": epochs}
+    for epochs in (4, 16)
+    for name, method, strengths in (
+        ("GRPO", "grpo", (0.04, 0.08, 0.2, 0.4)), ("ADRPO", "adrpo", (0.04, 0.2)),
+        ("shuffled", "shuffled", (0.2,)), ("anti", "anti", (0.2,)),
+    )
+    for b in strengths
+}  # fmt: skip
+FEW = {"prompts-per-round": 4, "group-size": 8, "eval-samples": 2}
+GUESSING = {"reward": demo.DECEPTIVE["reward"][0], "model": demo.DECEPTIVE["model"]}
 AUDIO = {  # the paper's Table 3
     "GRPO β=0.04": {"method": "grpo", "beta0": 0.04},
     **{
@@ -75,13 +113,26 @@ AUDIO = {  # the paper's Table 3
 }
 COMPARISONS = {
     "flow": Comparison(
-        "train_flow", FLOW, 40, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"),
-        rates=(1e-4, 3e-4, 1e-3), common={"eval-every": 10},
+        "train_flow", FLOW, 24, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"),
+        rates=(2e-4, 6e-4, 2e-3), common={"eval-every": 2, "eval-prompts": 24, "eval-samples": 4},
+        columns={
+            "reward": "reward", "joint": "joint", "pixel_diversity": "pixel diversity", "w2": "W2", "frechet": "Fréchet",
+            "mean_beta": "mean β",
+        },
     ),
-    "grpo": Comparison("train_grpo", GRPO, 110, 3, "pass@1", ("entropy", "style_entropy", "kl_k1"), ("reward",)),
+    "grpo": Comparison(
+        "train_grpo", GRPO | BY_ACCURACY, 110, 3, "pass@1", ("entropy", "style_entropy", "kl_k1"), ("reward",)
+    ),
     "deceptive": Comparison(
         "train_grpo", GUESSES, 150, 5, "pass@1", ("entropy", "kl_k1"), ("reward", "pass@1"),
-        common={"reward": DECEPTIVE["reward"][0], "model": DECEPTIVE["model"], "eval-every": 30},
+        common={**GUESSING, "eval-every": 30},
+    ),
+    "epochs": Comparison(
+        "train_grpo", EPOCHS, 12, 3, "pass@1", ("style_entropy", "kl_k1"), ("reward",), common={**FEW, "eval-every": 3},
+    ),
+    "epochs-deceptive": Comparison(
+        "train_grpo", EPOCHS, 12, 3, "pass@1", ("entropy", "kl_k1"), ("reward", "pass@1"),
+        common={**FEW, **GUESSING, "eval-every": 3},
     ),
     "audio": Comparison(
         "train_grpo", AUDIO, 40, 3, "pass@1", ("entropy", "way_entropy", "kl_k1"), ("reward", "pass@1"),
@@ -107,30 +158,44 @@ def main(argv=None):
     comparison = COMPARISONS[args.what]
     make_folder(out, out)
     seeds, rounds = args.seeds or comparison.seeds, args.rounds or comparison.rounds
-    jobs = {
-        (name, lr, seed): {**options, **({"lr": lr} if lr else {}), "seed": seed, "rounds": rounds, **comparison.common}
-        for seed in range(seeds)  # outermost: an interrupted comparison has every setting at fewer seeds
-        for (name, options), lr in itertools.product(comparison.settings.items(), comparison.rates)
-    }
+
+    def options(name, lr, seed):
+        rate = {"lr": lr} if lr else {}
+        return {**comparison.settings[name], **rate, "seed": seed, "rounds": rounds, **comparison.common}
+
+    def run(pairs, seeds):
+        """Runs settings, by name, at learning rates with seeds. -> their rows, of the means over the seeds"""
+        # The seeds are outermost: an interrupted comparison has every setting at fewer seeds.
+        jobs = {(name, lr, seed): options(name, lr, seed) for seed in seeds for name, lr in pairs}
+        results = train_all(comparison.script, jobs, out, args.workers)
+        return [row_of(name, lr, [results[name, lr, seed] for seed in seeds]) for name, lr in pairs]
+
     with Life() as life:
         life.lock(out, ".lock")
-        results = train_all(comparison.script, jobs, out, args.workers)
-    rows = [row_of(results, name, lr, seeds) for name, lr in dict.fromkeys((name, lr) for name, lr, _ in jobs)]
-    chosen = best_rates(rows, comparison.judge)
-    files.write_json(out / "results.json", {"rounds": rounds, "seeds": seeds, "rows": tables.as_json(rows)})
-    text, table = f"{rounds} rounds, {seeds} seeds, mean ± standard error.\n\n", tables.table(rows, "base model")
-    if len(chosen) < len(rows):
-        best = f"Every setting at its best learning rate, by {comparison.judge}:\n\n{tables.table(chosen, 'base model')}"
-        text += f"{best}\nEvery learning rate:\n\n"
-    files.write_bytes(out / "table.md", (text + table).encode())
+        every = run([*itertools.product(comparison.settings, comparison.rates)], range(1))
+        rows = run([(row["setting"], row["lr"]) for row in best_rates(every, comparison.judge)], range(seeds))
+    results = {"rounds": rounds, "seeds": seeds, "rows": tables.as_json(rows)}
+    text = f"{rounds} rounds, {seeds} seeds, mean ± standard error.\n\n"
+    if len(every) > len(rows):
+        results["every_rate"] = tables.as_json(every)
+        text += f"Every setting at its best learning rate, by {comparison.judge} with seed 0:\n\n"
+    text += tables.table(rows, "base model", comparison.columns)
+    if len(every) > len(rows):
+        text += f"\nEvery learning rate, seed 0:\n\n{tables.table(every, 'base model', comparison.columns)}"
+    if comparison.script == "train_grpo":  # the paper's Figure 4
+        pairs = [(row["setting"], row["lr"]) for row in rows]
+        runs = {pair[0]: [folder(out, options(*pair, seed)) / "metrics.jsonl" for seed in range(seeds)] for pair in pairs}
+        text += f"\nWhile training, mean over each fifth of the rounds:\n\n{progress.table(runs)}"
+        progress.picture(out / "progress.png", runs)
+    files.write_json(out / "results.json", results)
+    files.write_bytes(out / "table.md", text.encode())
     for x in comparison.across:
-        plots.pictures(chosen, x, comparison.up, out / f"reward_{x}.png")
-    print(text + table)
+        plots.pictures(rows, x, comparison.up, out / f"reward_{x}.png")
+    print(text)
 
 
-def row_of(results, name, lr, seeds):
-    """A setting at one learning rate -> its row: at every evaluated round the mean over the seeds."""
-    runs = [results[name, lr, seed] for seed in range(seeds)]
+def row_of(name, lr, runs):
+    """The evaluations of a setting's runs at one learning rate -> its row: at every evaluated round the mean over the runs."""
     return tables.row(name, lr, [[[evaluation] for evaluation in evaluations] for evaluations in zip(*runs)])
 
 
@@ -155,8 +220,19 @@ def train_all(script, jobs, out, workers):
 
 def folder(out, options):
     """The run's folder, named by its options: a run of other options is another run."""
-    values = (f"{value:g}" if isinstance(value, float | int) else Path(value).name for value in options.values())
-    return out / "runs" / "_".join(f"{name}={value}" for name, value in zip(options, values)).replace(":", ".")
+
+    def short(value):
+        if isinstance(value, list):
+            return "+".join(map(short, value))
+        return f"{value:g}" if isinstance(value, float | int) else Path(value).name
+
+    return out / "runs" / "_".join(f"{name}={short(value)}" for name, value in options.items()).replace(":", ".")
+
+
+def words(options):
+    """Options as they stand on a command line, of which one may have a list of values."""
+    pairs = [(name, value if isinstance(value, list) else [value]) for name, value in options.items()]
+    return [word for name, values in pairs for word in (f"--{name}", *map(str, values))]
 
 
 def train(script, out, options):
@@ -164,14 +240,13 @@ def train(script, out, options):
     on there."""
     final = folder(out, options)
     working = final.with_name(f"{final.name}.part")
-    words = [script, "--resume", "--out", str(working.absolute())]
-    words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [script, "--resume", "--out", str(working.absolute()), *words(options)]
     place = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "cwd": Path(__file__).parents[1]}  # where the script is found
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", WORKER, *words], **pipes, **place) as process:
+    with subprocess.Popen([sys.executable, "-c", WORKER, *command], **pipes, **place) as process:
         lines = process.stderr.read().strip().splitlines()
     if process.returncode:
-        raise InputError(f"{' '.join(words)}: exit status {process.returncode}: {lines[-1] if lines else 'no message'}")
+        raise InputError(f"{' '.join(command)}: exit status {process.returncode}: {lines[-1] if lines else 'no message'}")
     working.rename(final)
     shutil.rmtree(final / "checkpoints")  # a run that is finished needs them no more
 
@@ -186,18 +261,23 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def read(out, options):
-    """A finished run's evaluations, or None. Raises InputError for one that is there and has not all of its rounds."""
-    file, found = folder(out, options) / "metrics.jsonl", []
+    """A finished run's evaluations, or None. The last one has "mean_beta", too: of all samples of all rounds the mean of the
+    coefficient of the divergence, which the clamp of A moves away from β0. DPO has none.
+
+    Raises InputError for a run that is there and has not all of its rounds."""
+    file, found, betas = folder(out, options) / "metrics.jsonl", [], []
     if not file.parent.exists():
         return None
     for number, line in files.read_json_lines(file):
         values = section(line, "eval", where := f"{file}, line {number}")
-        if not fits(line.get("round"), Index) or not all(map(tables.is_number, values.values())):
+        betas += [line["beta_mean"]] if "beta_mean" in line and not options["method"].startswith("dpo") else []
+        if not fits(line.get("round"), Index) or not all(map(tables.is_number, [*values.values(), *betas[-1:]])):
             raise InputError(f"{where}: expected a round and, of an evaluation, numbers")
         found += [{"round": line["round"], **values}] if values else []
     if not found or found[-1]["round"] != options["rounds"]:
         rounds = f"expected the evaluation of round {options['rounds']}"
         raise InputError(f"{file}: is not that of a whole run; {rounds}. Without its folder the comparison runs it again")
+    found[-1] |= {"mean_beta": sum(betas) / len(betas)} if betas else {}
     return found
 
 

@@ -12,8 +12,8 @@ picture all. A name (or name and step) given again is another training run of th
 from which W2 (within its family) or the KL is measured. All start from the same random numbers. With --problems they are
 language models.
 
-Written to --out: table.md and results.json (mean ± standard error, over training runs where a model has several, else over the
-seeds of the noise or, of language models, over the problems), reward_….png, and of images side_by_side.png and images/, of
+Written to --out: table.md and results.json (mean ± standard error over training runs, and in brackets that over the noises or,
+of language models, over the problems), reward_….png, and of images side_by_side.png, images/ and, with --worst, failures/, of
 language models completions/. An evaluation that was interrupted goes on where it stopped: what has been scored is not looked at
 again, so a model or reward that changed on disk needs another --out.
 """
@@ -30,6 +30,7 @@ from nano_adrpo.demo import FLOW
 from nano_adrpo.errors import InputError, Parser, about, run_command
 from nano_adrpo.evaluation import image_folders, plots, tables, text
 from nano_adrpo.evaluation.entries import Results, entries
+from nano_adrpo.evaluation.failures import write_worst
 from nano_adrpo.evaluation.images import evaluate, evenly, score
 from nano_adrpo.files.png import write_png
 from nano_adrpo.language.chat import TextCodec
@@ -60,6 +61,9 @@ def parse(argv=None):
     add("--prompts", help=f"{formats}; default: the demo's held-out ones, with its judge")
     add("--images", metavar="FILE", help='CSV with "file,prompt": which image of a folder belongs to which prompt')
     add("--base", help="folder for the parts that a MODEL lacks, as a single file its tokenizers")
+    real = "folder of real images, any number: clip_frechet is the distance of CLIP's image embeddings to theirs"
+    add("--reference-images", metavar="FOLDER", help=real)
+    add("--worst", type=positive(int, zero=True), default=0, help="images with the least of each reward, kept in failures/")
     add("--clip-diversity", choices=("normalized", "projected"), default="normalized", help="projected has the paper's scale")
     add("--seeds", type=positive(int), default=3, help="noises, from 0; 0 is the training script's evaluation")
     add("--steps", type=positive(int), default=8, help="Euler steps from noise to image; SD3's and FLUX's usual is 28")
@@ -142,6 +146,12 @@ class Evaluation:
         self.reward = image_rewards.parse(args.rewards)
         if args.clip_diversity != "normalized" and not self.reward.embeds:
             raise InputError("--clip-diversity: expected only with a reward of CLIP's, whose embeddings it is measured with")
+        if args.reference_images and not self.reward.embeds:
+            raise InputError("--reference-images: expected only with a reward of CLIP's, whose embeddings are compared")
+        self.real_images = image_folders.real_images(args.reference_images) if args.reference_images else []
+        self.last = {}  # of each model the title of its last step
+        for entry in sorted(self.entries, key=lambda entry: entry.step or 0):
+            self.last[entry.name] = entry.title
         self.out, self.dtype = Path(args.out), DTYPES[args.dtype]
         self.loaded = {}  # of the reference and of the current entry: what `load` gives
         self.space = {}  # of each model: its family and its latents' shape. W2 means something where these are the same
@@ -203,6 +213,18 @@ class Evaluation:
             self.loaded[entry] = model, condition, negative
         return self.loaded[entry]
 
+    @functools.cached_property
+    def real(self):
+        """CLIP's embeddings of the real images, or None."""
+        if not self.real_images:
+            return None
+        found = image_folders.embeddings(self.real_images, self.reward, self.args.device)
+        fewest, width = min(len(found), len(self.texts) * self.args.samples), found.shape[1]
+        if fewest <= width:
+            few = f"--reference-images: {len(found)} real images, {len(self.texts) * self.args.samples} of a model"
+            print(f"{few}; with no more than {width}, the embeddings' width, clip_frechet is too high", flush=True)
+        return found
+
     def measure(self, entry, seed):
         """-> {metric: number} of one model with one noise, and of each prompt its images [samples, C, H, W], on the CPU."""
         args, normalize = self.args, self.args.clip_diversity == "normalized"
@@ -214,8 +236,9 @@ class Evaluation:
             images = image_folders.read_images([file for some in found for file in some])
             samples = counts[0] if len(set(counts)) == 1 else counts
             values, _, _ = score(
-                images, texts, samples, self.reward, self.judge, args.device, args.batch, normalize, categories=kinds
-            )
+                images, texts, samples, self.reward, self.judge, args.device, args.batch, normalize, categories=kinds,
+                real=self.real,
+            )  # fmt: skip
             known = {metric: value for metric, value in values.items() if not math.isnan(value)}  # one image has no diversity
             return known, images.split(counts)
         model, condition, negative = self.load(entry)
@@ -226,6 +249,7 @@ class Evaluation:
             shape=shape, times=model.times(args.steps, args.shift, shape), negative=negative, guidance=args.guidance,
             categories=categories,
             samples=args.samples, seed=seed, batch=args.batch, device=args.device, normalize=normalize,
+            real=self.real,
         )  # fmt: skip
         return values, images.split(args.samples)
 
@@ -234,7 +258,7 @@ class Evaluation:
         return model.velocity(x, t, condition[rows])
 
     def measured(self, entry, seed):
-        """Measures, and keeps images of some prompts."""
+        """Measures, and keeps images of some prompts and, of the last step, the worst ones."""
         with about(f"--models {entry.what}"):
             values, images = self.measure(entry, seed)
         if seed == entry.run == 0:
@@ -243,6 +267,9 @@ class Evaluation:
             for row in evenly(len(self.prompts), 10):
                 for sample, image in enumerate(images[row]):
                     write_png(folder / image_name(row, sample), image)
+            if self.args.worst and entry.title == self.last[entry.name]:
+                kept = self.out / "failures" / entry.title
+                write_worst(kept, images, self.texts, self.reward, self.args.worst, self.args.device, self.args.batch)
         return values
 
     def rows(self):
@@ -254,7 +281,7 @@ class Evaluation:
         side_by_side(self, self.out / "side_by_side.png")
         counts = {"prompts": len(self.prompts), "seeds": self.args.seeds}
         images = f"{counts['prompts']} prompts × {self.args.samples} images"
-        return counts, f"{images}, {counts['seeds']} seeds, mean ± standard error."
+        return counts, f"{images}, {counts['seeds']} seeds, mean ± standard error over training runs (over noises)."
 
 
 class TextEvaluation:
@@ -328,7 +355,7 @@ class TextEvaluation:
         draw_trade_offs(rows, ("entropy", "kl_k1"), self.results.out)
         counts = {"problems": len(self.problems), "samples": self.args.samples}
         completions = f"{counts['problems']} problems × {counts['samples']} completions"
-        return counts, f"{completions}, mean ± standard error over problems, or over training runs where a model has several."
+        return counts, f"{completions}, mean ± standard error over training runs (over problems)."
 
 
 def draw_trade_offs(rows, metrics, out):
@@ -340,11 +367,8 @@ def draw_trade_offs(rows, metrics, out):
 def side_by_side(evaluation, file):
     """As the paper's Figure 2: a row per prompt, a panel per model, with up to four images of each prompt."""
     panels, rows = {}, evenly(len(evaluation.prompts), 10)
-    last = {}
-    for entry in sorted(evaluation.entries, key=lambda entry: entry.step or 0):
-        last[entry.name] = entry.title  # of the last step
     for name in dict.fromkeys(entry.name for entry in evaluation.entries):
-        folder = evaluation.out / "images" / last[name]
+        folder = evaluation.out / "images" / evaluation.last[name]
         count = min(4, *(len(list(folder.glob(f"{row:04d}_*.png"))) for row in rows))
         names = [image_name(row, sample) for row in rows for sample in range(count)]
         panels[name] = image_folders.read_images([folder / name for name in names])

@@ -35,6 +35,17 @@ def clip_diversity(embeddings, group_size, normalize=True):
     return group_diversity(F.normalize(embeddings.float()) if normalize else embeddings, group_size)
 
 
+def clip_frechet(embeddings, real, normalize=True):
+    """frechet_distance of CLIP's image embeddings [N, P] to those of real images [M, P], normalised as in `clip_diversity`.
+
+    It needs many images. The covariance of N images has a rank of at most N − 1, so with N ≤ P it is singular. The number is
+    then still defined, and too high: two samples of one law, far fewer than P, are almost as far apart as the sum of their
+    variances tr Σ, not 0. The excess falls as N and M grow. So compare models with equally many images, and the same real ones.
+    """
+    pair = (F.normalize(x.float()) if normalize else x for x in (embeddings, real))
+    return frechet_distance(*pair)
+
+
 def kl_from_reference(logp, ref_logp):
     """KL(π ‖ π_ref) in nats per token, estimated from tokens that π sampled: {"kl_k1": mean, "kl_k3": mean} (see
     adrpo.kl_divergence). k1 varies more, k3 is never negative. logp, ref_logp: of the same tokens, any one shape."""

@@ -193,7 +193,7 @@ def main(argv=None):
     args = parse(argv)
     of_text = is_decoder(args.model)
     refuse_idle(args, argv, of_text)
-    names = ("prompt", "question") if of_text else ("prompt",)
+    names = (*prompts.NAMES, "question") if of_text else prompts.NAMES
     rows = [{"prompt": args.prompt}] if args.prompts is None else prompts.read_rows(args.prompts, names)
     texts = [row["prompt"] for row in rows]
     if of_text:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import train_flow
+from nano_adrpo import demo
 
 ROOT = Path(train_flow.__file__).parent
 SMALL = (
@@ -14,6 +15,7 @@ SMALL = (
 TINY = (
     "--rounds 1 --prompts-per-round 2 --group-size 2 --inner-steps 2 --ode-steps 2 --eval-samples 2 --beta-unit reward"
 ).split()
+NEEDS = {"gardo-gate": ["--reward", *demo.FLOW["reward"], demo.FLOW["auxiliary"]]}  # options without which a method is refused
 
 
 def train(out, *options):

@@ -1,4 +1,4 @@
-"""compare: means and errors over seeds, the best learning rate, going on, options that the scripts have, a run that fails."""
+"""compare: means and errors over seeds, two stages, the best rate, going on, the scripts' options, a run that fails."""
 
 import json
 import os
@@ -21,11 +21,13 @@ SMALL = {"prompts-per-round": 2, "group-size": 2, "eval-samples": 2, "ode-steps"
 
 
 def metrics_of(options):
-    """Of an invented run: better with the seed, best at the learning rate 3e-4."""
-    reward = 10.0 * (options["lr"] == 3e-4) + options["seed"] + (options["method"] == "raft")
+    """Of an invented run: better with the seed, best at the learning rate 3e-4, DPO at 1e-4."""
+    best = 1e-4 if options["method"] == "dpo" else 3e-4
+    reward = 10.0 * (options["lr"] == best) + options["seed"] + (options["method"] == "raft")
     first = {"reward": 0.0, "joint": 0.0, "pixel_diversity": 0.5, "w2": 0.0}
-    return [{"round": 0, "eval": first}, {"round": 1, "loss": 1.0}] + [
-        {"round": 2, "eval": {"reward": reward, "joint": reward / 100, "pixel_diversity": 0.25, "w2": 0.1}}
+    last = {"reward": reward, "joint": reward / 100, "pixel_diversity": 0.25, "w2": 0.125}
+    return [{"round": 0, "eval": first}, {"round": 1, "beta_mean": 0.5}] + [
+        {"round": 2, "beta_mean": 1.0 + options["seed"], "eval": last}
     ]  # fmt: skip
 
 
@@ -41,41 +43,100 @@ def invented(monkeypatch):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics_of(options)))
 
     monkeypatch.setattr(compare, "train", train)
-    settings = {"ADRPO β0=1": {"method": "adrpo", "beta0": 1}, "RAFT": {"method": "raft"}}
+    settings = {"ADRPO β0=1": {"method": "adrpo", "beta0": 1}, "DPO β=5": {"method": "dpo", "beta-dpo": 5}}
+    settings["RAFT"] = {"method": "raft"}
     monkeypatch.setattr(compare.COMPARISONS["flow"], "settings", settings)
     monkeypatch.setattr(compare.COMPARISONS["flow"], "rates", (1e-4, 3e-4))
     return ran
 
 
-def test_every_setting_has_every_rate_and_seed_and_the_best_rate_is_chosen(tmp_path, invented, capsys):
-    options = ["flow", "--out", str(tmp_path), "--seeds", "2", "--rounds", "2", "--workers", "1"]
+def test_every_setting_has_every_rate_with_seed_0_and_the_best_one_with_the_other_seeds(tmp_path, invented, capsys):
+    options = ["flow", "--out", str(tmp_path), "--seeds", "3", "--rounds", "2", "--workers", "1"]
     compare.main(options)
-    assert len(invented) == 8 and "8 runs, 0 of them finished before" in capsys.readouterr().out
-    assert {(o["method"], o["lr"], o["seed"], o["rounds"], o["eval-every"]) for o in invented} == {
-        (method, lr, seed, 2, 10) for method in ("adrpo", "raft") for lr in (1e-4, 3e-4) for seed in (0, 1)
-    }
+    printed = capsys.readouterr().out
+    assert "6 runs, 0 of them finished before" in printed and "9 runs, 3 of them finished before" in printed
+    best = {"adrpo": 3e-4, "dpo": 1e-4, "raft": 3e-4}
+    ran = [(o["method"], o["lr"], o["seed"]) for o in invented]
+    assert ran[:6] == [(method, lr, 0) for method in best for lr in (1e-4, 3e-4)]
+    assert ran[6:] == [(method, lr, seed) for seed in (1, 2) for method, lr in best.items()]
+    assert all(o["rounds"] == 2 and o.items() > compare.COMPARISONS["flow"].common.items() for o in invented)
+
     results = json.loads((tmp_path / "results.json").read_text())
-    row = results["rows"][1]
-    assert (row["setting"], row["lr"], results["rounds"], results["seeds"]) == ("ADRPO β0=1", 3e-4, 2, 2)
-    assert row["final"]["reward"] == pytest.approx([10.5, 0.5]) and "round" not in row["final"]
-    assert [(point["round"], point["reward"]) for point in row["path"]] == [(0, 0), (2, 10.5)]
-    best, every = (tmp_path / "table.md").read_text().split("Every learning rate:")
-    assert "Every setting at its best learning rate, by joint" in best and "2 rounds, 2 seeds" in best
-    lines = best.strip().splitlines()[-3:]
-    assert [line.split(" | ")[:2] for line in lines] == [
-        ["| base model", "–"],
-        ["| ADRPO β0=1", "0.0003"],
-        ["| RAFT", "0.0003"],
+    assert (results["rounds"], results["seeds"]) == (2, 3)
+    assert [(row["setting"], row["lr"]) for row in results["rows"]] == [("ADRPO β0=1", 3e-4), ("DPO β=5", 1e-4), ("RAFT", 3e-4)]
+    assert [(row["lr"], row["final"]["reward"][0]) for row in results["every_rate"]] == [
+        (1e-4, 0), (3e-4, 10), (1e-4, 10), (3e-4, 0), (1e-4, 1), (3e-4, 11)
+    ]  # fmt: skip
+    row = results["rows"][0]
+    assert row["final"]["reward"] == pytest.approx([11, 3**-0.5]) and "round" not in row["final"]
+    assert [(point["round"], point["reward"]) for point in row["path"]] == [(0, 0), (2, 11)]
+
+    chosen, every = ([line.split(" | ") for line in text.strip().splitlines()] for text in tables_of(tmp_path / "table.md"))
+    assert chosen[0] == every[0] == ["| setting", "lr", "reward", "joint", "pixel diversity", "W2", "mean β |"]
+    assert chosen[2:] == [
+        ["| base model", "–", "0", "0", "0.5", "0", "– |"],
+        ["| ADRPO β0=1", "0.0003", "11 ± 0.6", "0.11 ± 0.006", "0.25 ± 0", "0.125 ± 0", "1.25 ± 0.3 |"],  # of .75, 1.25, 1.75
+        ["| DPO β=5", "0.0001", "11 ± 0.6", "0.11 ± 0.006", "0.25 ± 0", "0.125 ± 0", "– |"],
+        ["| RAFT", "0.0003", "12 ± 0.6", "0.12 ± 0.006", "0.25 ± 0", "0.125 ± 0", "1.25 ± 0.3 |"],
     ]
-    assert len(every.strip().splitlines()) == 2 + 1 + 4
+    assert len(every) == 2 + 1 + 6 and every[4] == ["| ADRPO β0=1", "0.0003", "10", "0.1", "0.25", "0.125", "0.75 |"]
     pictures = {"reward_pixel_diversity.png", "reward_w2.png"}
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "results.json", "table.md", ".lock"} | pictures
 
-    shutil.rmtree(compare.folder(tmp_path, invented.pop(3)))
-    invented.clear()
-    compare.main(options)
-    assert len(invented) == 1 and "8 runs, 7 of them finished before" in capsys.readouterr().out
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    for removed, again in ((1, 1), (8, 1)):  # of the first stage, of the second
+        shutil.rmtree(compare.folder(tmp_path, ran_options := invented[removed]))
+        before = len(invented)
+        compare.main(options)
+        assert invented[before:] == [ran_options] * again
+        assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def tables_of(file):
+    """The texts of a table.md: of every setting at its best rate, and of every rate."""
+    text = file.read_text()
+    assert text.startswith(
+        "2 rounds, 3 seeds, mean ± standard error.\n\nEvery setting at its best learning rate, by joint with seed 0:"
+    )
+    return text.split(":\n\n", 1)[1].split("\nEvery learning rate, seed 0:\n\n")
+
+
+def test_of_one_rate_there_is_nothing_to_choose_and_one_table(tmp_path, invented, monkeypatch):
+    monkeypatch.setattr(compare.COMPARISONS["flow"], "rates", (None,))
+    monkeypatch.setattr(compare.COMPARISONS["flow"], "columns", None)
+    invented_metrics = metrics_of
+    monkeypatch.setitem(globals(), "metrics_of", lambda options: invented_metrics({"lr": 3e-4, **options}))
+    compare.main(["flow", "--out", str(tmp_path), "--seeds", "2", "--rounds", "2", "--workers", "1"])
+    assert [(o["method"], o["seed"]) for o in invented] == [(m, seed) for seed in (0, 1) for m in ("adrpo", "dpo", "raft")]
+    assert all("lr" not in o for o in invented)
+    text = (tmp_path / "table.md").read_text()
+    assert text.startswith(
+        "2 rounds, 2 seeds, mean ± standard error.\n\n| setting | reward | joint | pixel_diversity | w2 | mean_beta |"
+    )
+    assert text.count("setting") == 1 and "every_rate" not in json.loads((tmp_path / "results.json").read_text())
+
+
+@pytest.mark.parametrize("what", ["grpo", "deceptive", "audio"])
+def test_language_models_have_reward_and_entropy_over_the_rounds(tmp_path, monkeypatch, capsys, what):
+    """Invented runs of five rounds with reward = seed + round and entropy = β0 in each."""
+
+    def train(script, out, options):
+        metrics = dict.fromkeys((comparison.judge, *comparison.across, *comparison.up), 0.5)
+        rows = [{"round": n, "reward": options["seed"] + n, "entropy": options["beta0"]} for n in range(1, 6)]
+        rows = [{"round": 0, "eval": metrics}, *rows[:-1], rows[-1] | {"eval": metrics}]
+        (folder := compare.folder(out, options)).mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    comparison = compare.COMPARISONS[what]
+    monkeypatch.setattr(compare, "train", train)
+    compare.main([what, "--out", str(tmp_path), "--seeds", "2", "--rounds", "5", "--workers", "1"])
+    assert (tmp_path / "progress.png").read_bytes().startswith(b"\x89PNG")
+    written = (tmp_path / "table.md").read_text()
+    lines = written.partition("mean over each fifth of the rounds:")[2].strip().splitlines()
+    assert len(lines) == 2 + 2 * len(comparison.settings) and written in capsys.readouterr().out
+    for index, (name, options) in enumerate(comparison.settings.items()):
+        assert lines[2 + index] == f"| reward | {name} | 1.5 ± 0.5 | 2.5 ± 0.5 | 3.5 ± 0.5 | 4.5 ± 0.5 | 5.5 ± 0.5 |"
+        entropy = f"{options['beta0']:.3g} ± 0"
+        assert lines[2 + len(comparison.settings) + index] == f"| entropy | {name} | {' | '.join([entropy] * 5)} |"
 
 
 def test_a_run_is_the_training_script_in_a_process_of_its_own_which_ends_with_the_comparison_and_goes_on(tmp_path, monkeypatch):
@@ -179,20 +240,21 @@ def test_the_scripts_have_the_options_of_every_setting(name):
     script = {"train_flow": train_flow, "train_grpo": train_grpo}[comparison.script]
     for options in comparison.settings.values():
         options = {**options, **comparison.common, "seed": 1, "rounds": 2, "lr": 1e-3}
-        args = script.parse([word for key, value in options.items() for word in (f"--{key}", str(value))])
+        args = script.parse(compare.words(options))
         assert all(getattr(args, key.replace("-", "_")) in (value, [value]) for key, value in options.items())
 
 
-def test_in_the_flow_a_fixed_beta_has_the_clips_of_adrpo():
+def test_in_the_flow_a_fixed_beta_has_the_clips_of_adrpo_inside_theory_and_outside():
     clips = {"adrpo": set(), "fixed-beta": set()}
     for options in compare.COMPARISONS["flow"].settings.values():
         if options["method"] in clips:
-            clips[options["method"]].add((options["beta0"], options.get("a-min"), options.get("a-max")))
-    assert (
-        clips["adrpo"]
-        == clips["fixed-beta"]
-        == {(0.03, None, None), (0.1, None, None), (0.3, None, None), (0.1, -0.1, 0.1), (0.3, -0.3, 0.3)}
-    )
+            clips[options["method"]].add((options["beta0"], options["a-min"], options["a-max"]))
+    both = {(0.1, -0.1, 0.1), (0.3, -0.3, 0.3), (0.03, -0.24, 0.24), (0.03, -4, 4)}
+    assert clips == {"adrpo": both, "fixed-beta": both | {(0, -4, 4)}}
+    settings, default = compare.COMPARISONS["flow"].settings, train_flow.parse([])
+    assert {"method": "adrpo", "beta0": default.beta0, "a-min": default.a_min, "a-max": default.a_max} in settings.values()
+    assert default.lr in compare.COMPARISONS["flow"].rates and default.beta_unit == "deviation"
+    assert {"DPO β=50", "DPO-offline β=50", "ORW-CFM-W2 τ=0.5, β=1", "RAFT"} < settings.keys()
 
 
 def test_a_run_that_is_not_whole_is_named(tmp_path):
@@ -208,6 +270,7 @@ def test_a_run_that_is_not_whole_is_named(tmp_path):
         ([*whole[:2], whole[2][:20]], f"{file}, line 3: not valid JSON"),
         (['{"round": "2", "eval": {"reward": 1}}'], f"{file}, line 1: expected a round and, of an evaluation, numbers"),
         (['{"round": 2, "eval": {"reward": []}}'], f"{file}, line 1: expected a round and, of an evaluation, numbers"),
+        (['{"round": 2, "beta_mean": null}'], f"{file}, line 1: expected a round and, of an evaluation, numbers"),
         (['{"round": 2, "eval": 3}'], f"{file}, line 1: key 'eval' is 3; expected a JSON object"),
     ):
         file.write_text("\n".join(lines))

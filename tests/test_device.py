@@ -143,6 +143,7 @@ few_flow, few_grpo = flow_runs.few, grpo_runs.few
 @pytest.mark.parametrize("method", train_flow.METHODS)
 def test_flow_waits_once_a_gradient_step(few_flow, monkeypatch, method):
     options = ["--inner-steps", 3, "--micro-batch", 1, "--group-size", 4, "--no-eval-first", "--method", method]
+    options += flow_runs.NEEDS.get(method, [])
     assert waits_of_updates(train_flow, monkeypatch, lambda: few_flow("run", *options)) == 3
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_flow
-from nano_adrpo import errors, evaluate
+from nano_adrpo import errors, evaluate, metrics
 from nano_adrpo.demo import FLOW, HERE
 from nano_adrpo.evaluation import image_folders, plots
 from nano_adrpo.files.png import read_png, write_png
@@ -79,7 +79,13 @@ def test_standard_errors_are_over_seeds_or_over_training_runs(tmp_path, runs, fe
     a, b = (sum(stored(out, f"tuned.{i}.seed{seed}")["reward"] for seed in (0, 1)) / 2 for i in (0, 1))
     assert table["tuned"]["reward"] == pytest.approx(((a + b) / 2, abs(a - b) / 2))
     text = (out / "table.md").read_text()
-    assert text.startswith("2 prompts × 2 images, 2 seeds") and f"| base | {table['base']['reward'][0]:.3g} ± " in text
+    assert text.startswith("2 prompts × 2 images, 2 seeds, mean ± standard error over training runs (over noises).")
+    lines = {line.split(" | ")[0]: line.split(" | ")[1] for line in text.splitlines()[3:]}
+    (mean, error), noises = table["tuned"]["reward"], [
+        sum(stored(out, f"tuned.{i}.seed{seed}")["reward"] for i in (0, 1)) / 2 for seed in (0, 1)
+    ]  # fmt: skip
+    assert lines["| tuned"] == f"{mean:.3g} ± {error:.1g} ({abs(noises[0] - noises[1]) / 2:.1g})"
+    assert lines["| base"] == "{:.3g} ({:.1g})".format(*table["base"]["reward"])
     assert json.loads((out / "results.json").read_text())["rows"][1]["setting"] == "tuned"
     assert {path.name for path in out.glob("*.png")} == {
         "reward_clip_diversity.png", "reward_pixel_diversity.png", "reward_w2.png", "side_by_side.png",
@@ -186,6 +192,56 @@ def test_any_number_of_images_a_prompt(tmp_path, few):
     (tmp_path / "three" / "0.png").unlink()
     with pytest.raises(ValueError, match="three: 3 images, which 2 prompts do not divide; expected names as PROMPT_SAMPLE.png"):
         run("--models", f"three={tmp_path / 'three'}", *few)
+
+
+def test_the_distance_to_real_images(tmp_path, few, capsys):
+    drawn, real = write_images(tmp_path / "plain"), [*write_images(tmp_path / "real", 5), torch.zeros(1, 6, 12)]
+    write_png(tmp_path / "real" / "of another size.png", real[-1])
+    options = [*few, "--reference-images", tmp_path / "real"]
+    values = run("--models", f"plain={tmp_path / 'plain'}", *options)["plain"]
+    clip = ClipScore(HERE / "clip")
+    theirs = torch.cat([clip.embed_images(read_png(file)[None]) for file in sorted((tmp_path / "real").iterdir())])
+    assert len(theirs) == 5
+    pair = (x / x.norm(dim=1, keepdim=True) for x in (clip.embed_images(drawn), theirs))
+    assert values["clip_frechet"][0] == pytest.approx(metrics.frechet_distance(*pair), rel=1e-4)
+    line = f"--reference-images: 5 real images, 4 of a model; with no more than {theirs.shape[1]}, the embeddings' width"
+    assert line in capsys.readouterr().out
+    model = run("--models", f"base={BASE}", *options, "--out", tmp_path / "drawn", "--clip-diversity", "projected")["base"]
+    assert model["clip_frechet"][0] > 0
+    for folder in ("few", "others"):
+        (tmp_path / folder).mkdir()
+    for name in "ab":
+        (tmp_path / "others" / f"{name}.jpg").touch()
+    (tmp_path / "mine.py").write_text("def bright(images, prompts):\n    return images.mean(dim=(1, 2, 3))\n")
+    for more, message in (
+        (["--reference-images", tmp_path / "few"], "few: 0 images in it; expected a folder of at least two"),
+        (["--reference-images", tmp_path / "others"], "a.jpg: a JPEG file, which is not read; expected PNG"),
+        (["--rewards", f"{tmp_path / 'mine.py'}:bright"], "--reference-images: expected only with a reward of CLIP's"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run("--models", f"base={BASE}", *options, *more)
+
+
+def test_the_worst_images_of_each_reward_are_kept(tmp_path, runs, few):
+    (tmp_path / "mine.py").write_text("def dark(images, prompts):\n    return -images.clamp(-1, 1).mean(dim=(1, 2, 3))\n")
+    rewards = ["--rewards", HERE / "clip", f"{tmp_path / 'mine.py'}:dark@0"]
+    models = [f"base={BASE}", *(f"tuned@{n}={runs / 'full' / f'round-{n}' / 'model'}" for n in (1, 2))]
+    run("--models", *models, *few, *rewards, "--samples", 4, "--worst", 3)
+    failures = tmp_path / "out" / "failures"
+    assert {path.name for path in failures.iterdir()} == {"base", "tuned@2"}  # the last step alone
+    for entry in ("base", "tuned@2"):
+        names = {f"{name}.{kind}" for name in ("clip_score", "dark") for kind in ("png", "jsonl")}
+        assert {path.name for path in (failures / entry).iterdir()} == names
+        images = torch.stack([read_png(tmp_path / "out" / "images" / entry / f"{row:04d}_{i:02d}.png")
+                              for row in (0, 1) for i in range(4)])  # fmt: skip
+        worst = images.mean(dim=(1, 2, 3)).argsort(descending=True)[:3].tolist()  # the brightest
+        lines = [json.loads(line) for line in (failures / entry / "dark.jsonl").read_text().splitlines()]
+        assert [(line["row"], line["sample"]) for line in lines] == [divmod(i, 4) for i in worst]
+        assert [line["prompt"] for line in lines] == [["a green two", "a blue nine"][i // 4] for i in worst]
+        assert [line["score"] for line in lines] == pytest.approx([-images[i].mean().item() for i in worst], abs=0.01)
+        first, second, third = images[worst]
+        upper, lower = torch.cat([first, second], dim=2), torch.cat([third, torch.ones_like(third)], dim=2)
+        assert torch.equal(read_png(failures / entry / "dark.png"), torch.cat([upper, lower], dim=1))
 
 
 def test_a_jpeg_is_named_with_the_line_that_converts_it(tmp_path, few):

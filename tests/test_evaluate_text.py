@@ -44,7 +44,8 @@ def test_the_numbers_are_the_training_scripts(tmp_path, few):
     assert table["base"]["kl_k1"] == table["base"]["kl_k3"] == (0, 0)
     assert table["tuned"]["kl_k3"][0] > 0 and table["tuned"]["length"] != table["base"]["length"]
     out = tmp_path / "out"
-    assert (out / "table.md").read_text().startswith("6 problems × 8 completions, mean ± standard error over problems")
+    line = "6 problems × 8 completions, mean ± standard error over training runs (over problems)."
+    assert (out / "table.md").read_text().startswith(line)
     written = [json.loads(line) for line in (out / "completions" / "base.0.jsonl").read_text().splitlines()]
     answers = {row["question"]: row["answer"] for row in map(json.loads, open(few[1]))}
     right = [row["completion"].endswith("####" + answers[row["question"]].removeprefix("#### ")) for row in written]

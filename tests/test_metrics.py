@@ -47,6 +47,16 @@ def test_frechet_distance_between_gaussians():
             metrics.frechet_distance(a, b)
 
 
+def test_the_frechet_distance_of_few_embeddings_is_too_high():
+    """Two draws of one law in 40 dimensions. Of N ≪ 40 images the covariances hardly overlap, so that the distance is near
+    tr Σa + tr Σb = 80 instead of 0; of 4,000 it is near 0."""
+    generator = torch.Generator().manual_seed(0)
+    excess = {n: metrics.clip_frechet(*torch.randn(2, n, 40, generator=generator), normalize=False) for n in (2, 20, 4000)}
+    assert 60 < excess[2] < 150 and 10 < excess[20] < 60 and 0 < excess[4000] < 0.5
+    a, b = torch.tensor([[3.0, 4.0], [6.0, 8.0]]), torch.tensor([[4.0, 3.0], [8.0, 6.0]])
+    assert metrics.clip_frechet(a, b) == pytest.approx(2 / 25)  # directions (3, 4)/5 and (4, 3)/5, without spread
+
+
 def test_clip_diversity_of_half_precision_embeddings_is_computed_in_float32():
     # Directions (3, 4)/5 and (4, 3)/5, (−1, 1)/5 apart; the squares are beyond float16.
     embeddings = torch.tensor([[3000.0, 4000.0], [4000.0, 3000.0]], dtype=torch.float16)

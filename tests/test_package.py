@@ -21,7 +21,7 @@ FORBIDDEN = {"pickle", "marshal", "shelve", "socket", "urllib", "http", "ftplib"
 # The rooms, from the bottom of the house to its top. A file imports rooms below its own, and its own.
 FLOORS = (
     ("errors",),
-    ("adrpo", "ode", "metrics"),
+    ("adrpo", "rivals", "ode", "metrics"),
     ("files",),
     ("lora",),
     ("models",),

@@ -3,11 +3,12 @@
 import importlib.util
 import json
 import re
+import shutil
 
 import flow_runs
 import pytest
 import torch
-from flow_runs import SMALL, TINY, train
+from flow_runs import NEEDS, SMALL, TINY, train
 from scripts import lines, refused, written
 
 import train_flow
@@ -87,7 +88,7 @@ def test_the_split_into_micro_batches_changes_no_gradient(few, monkeypatch, meth
 
     monkeypatch.setattr(train_flow, "optimizer_step", watched)
     for size in (None, 1):
-        options = ["--micro-batch", size] if size else []
+        options = [*(["--micro-batch", size] if size else []), *NEEDS.get(method, [])]
         few(str(size), "--group-size", 4, "--inner-steps", 1, "--no-eval-first", "--method", method, *options)
     whole, split = gradients[None], gradients[1]
     assert whole.abs().max() > 0 and (whole - split).norm() < 1e-4 * whole.norm()
@@ -99,11 +100,12 @@ def test_coefficients_are_the_table():
     args = train_flow.parse([*SMALL, "--beta0", "3", "--a-min", "-2", "--a-max", "2"])
     args.tau = 0.5
     numbers = {
-        name: [torch.as_tensor(c).expand(4).tolist() for c in coefficients(rewards, A, args)]
+        name: [torch.as_tensor(c).expand(4).tolist() for c in coefficients(rewards, A, [torch.arange(4.0)], args)]
         for name, coefficients in train_flow.METHODS.items()
     }
     assert numbers["adrpo"] == [[-2, -2, 2, 0], [5, 5, 1, 3]]
     assert numbers["fixed-beta"] == [[-2, -2, 2, 0], [3, 3, 3, 3]]
+    assert numbers["gardo-gate"] == [[-2, -2, 2, 0], [0, 0, 3, 0]]  # the third alone is better by R than by the other reward
     assert numbers["raft"] == [[0, 0, 1, 0], [0, 0, 0, 0]]
     e = [torch.tensor(x / 2).exp().item() for x in (0, 2, 10, 4)]
     assert numbers["orw-cfm-w2"] == [pytest.approx([4 * x / sum(e) for x in e]), [3, 3, 3, 3]]
@@ -123,6 +125,40 @@ def test_dpo_compares_the_best_with_the_worst_of_each_group(few, monkeypatch):
             assert torch.equal(kept_told.context[2 * group + place], told.context[4 * group])
     assert (beta, count, len(v)) == (50, 4, 8)
     torch.testing.assert_close(pairs[winner] - u[winner], pairs[loser] - u[loser])  # x0 = x1 − u, shared by a pair
+
+
+def rollouts(monkeypatch):
+    """-> the rollouts of the runs that follow, each the arguments (x0, condition, times) and the samples x1."""
+    found, draw = [], TextToImage.draw
+
+    def watched(self, x0, condition, times, *args, **options):
+        x1, images = draw(self, x0, condition, times, *args, **options)
+        if "transformer" in options:  # an evaluation asks for none
+            found.append(((x0, condition, times), x1))
+        return x1, images
+
+    monkeypatch.setattr(TextToImage, "draw", watched)
+    return found
+
+
+@pytest.mark.parametrize("adapters", [(), ("--lora-rank", 2)], ids=["weights", "adapters"])
+def test_off_line_dpo_compares_samples_of_the_reference_and_is_the_on_line_one_in_the_first_round(few, monkeypatch, adapters):
+    options, base = ["--rounds", 3, "--lr", 1e-2, *adapters], TextToImage.from_pretrained(demo.FLOW["model"], torch.float32)
+    logs = {}
+    for method, rounds in (("dpo", [True, False, False]), ("dpo-offline", [True] * 3)):
+        with monkeypatch.context() as patch:
+            found = rollouts(patch)
+            logs[method] = lines(few(method, "--method", method, *options))
+        assert [torch.allclose(base.sample(*asked), x1, atol=1e-5) for asked, x1 in found] == rounds
+    assert logs["dpo"][:2] == logs["dpo-offline"][:2] and logs["dpo-offline"][3]["eval"]["w2"] > 0
+
+
+def test_off_line_dpo_goes_on_with_the_reference_of_the_start(tmp_path, few):
+    whole = few("whole", "--method", "dpo-offline", "--rounds", 3, "--lr", 1e-2, "--checkpoint-every", 1, "--keep-every", 1)
+    shutil.copytree(whole, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-3")
+    train_flow.main(["--resume", "--out", str(tmp_path / "cut")])
+    assert written(tmp_path / "cut") == written(whole)
 
 
 def test_rounds_zero_evaluates_only(few):
@@ -158,6 +194,12 @@ def merged(adapter, folder):
     lora.merge(lora.load(model.transformer, adapter))
     model.save_pretrained(folder)
     return folder
+
+
+def test_the_means_of_the_coefficients_are_logged_and_add_up_to_beta0(few):
+    # A clip of one side alone: the mean of A is not 0 then, and that of β not β0.
+    row = lines(few("run", "--group-size", 8, "--a-min", -0.5, "--beta0", 2))[1]
+    assert row["weight_mean"] > 0.1 and row["weight_mean"] + row["beta_mean"] == pytest.approx(2, abs=1e-5)
 
 
 def test_equal_rewards_are_warned_of(tmp_path, few, capsys):

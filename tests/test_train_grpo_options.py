@@ -333,7 +333,8 @@ def test_bad_options_are_refused(capsys, tmp_path):
         (["--lora-targets", "q_proj"], "--lora-alpha and --lora-targets: expected only with --lora-rank"),
         (["--lora-rank", 8, "--lora-targets", "q"], "--lora-targets: Decoder has no linear layer whose name ends in"),
         (["--method", "grpo", "--a-min", -1], "--a-min: expected only with --method adrpo"),  # options that cannot act
-        (["--method", "grpo", "--a-max", 1], "--a-max: expected only with --method adrpo"),
+        (["--method", "grpo", "--a-max", 1], "--a-max: expected only with --method adrpo, shuffled, anti"),
+        (["--method", "shuffled", "--prompts-per-round", 1], "--method shuffled: expected --prompts-per-round of at least 2"),
         (["--kl", "k2", "--beta0", 0], "--kl: expected only with a --beta0 above 0"),
         (["--kl", "k2", "--beta0", 0, "--method", "grpo"], "--kl: expected only with a --beta0 above 0"),
         (["--eval-temperature", 0, "--eval-top-k", 5], "--eval-top-k: expected only with --eval-temperature above 0"),

@@ -12,6 +12,7 @@ FLOW = {  # coloured handwritten digits, see digits.py
     "prompts": str(HERE / "prompts.jsonl"),
     "held_out": str(HERE / "held_out.jsonl"),
     "reward": [str(HERE / "clip")],
+    "auxiliary": f"{HERE / 'digits.py'}:tints@0",  # a reward that only measures, for gardo-gate
     "judge": f"{HERE / 'digits.py'}:judge",
 }
 GRPO = {  # additions of two numbers, see arithmetic.py

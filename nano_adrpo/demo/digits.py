@@ -90,6 +90,16 @@ def load():
     return images, checkpoint.read("labels").long(), torch.arange(len(images)) % 3 == 2
 
 
+def tints(images, prompts):
+    """A reward, N images [N, 3, H, W] in [−1, 1] and their prompts -> [N]: minus the mean distance of the pixels' colours from
+    the nearest tint between white and one of the four inks, of which clean drawings are made. It knows neither digits nor
+    prompts, and the judge does not use it."""
+    lack = (1 - (images + 1) / 2).movedim(1, -1)[..., None, :]  # [N, H, W, 1, 3], of each ink: 0 is white
+    inks = 1 - RGB  # [4, 3]
+    depth = ((lack * inks).sum(dim=-1) / inks.square().sum(dim=-1)).clamp(0, 1)  # [N, H, W, 4], of the nearest tint
+    return -(lack - depth[..., None] * inks).norm(dim=-1).amin(dim=-1).mean(dim=(1, 2))
+
+
 # ------------------------------------------------------------------------------------------------------------------- judge
 
 

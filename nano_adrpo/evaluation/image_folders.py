@@ -26,8 +26,10 @@ def is_images(path):
 
 
 def images_in(folder):
-    """The image files in a folder, in the order of their names, in which numbers count as numbers."""
+    """The image files in a folder, in the order of their names, in which numbers count as numbers. A JPEG beside the PNG that
+    was made of it is passed over."""
     found = [file for file in folder.iterdir() if file.suffix.lower() in ENDINGS] if folder.is_dir() else []
+    found = [file for file in found if file.suffix.lower() == ".png" or file.with_suffix(".png") not in found]
     return sorted(found, key=in_order)
 
 
@@ -53,8 +55,7 @@ def files_of(path, seed, prompts, table=None):
             if not file.is_file():
                 raise MissingFile(f'{table}, row {number}: {file}: no such file; expected "file" and "prompt" in every row')
             found[number_of(row["prompt"], prompts, f"{table}, row {number}")].append(file)
-    else:  # a JPEG beside the PNG that was made of it is passed over
-        images = [file for file in images if file.suffix.lower() == ".png" or file.with_suffix(".png") not in images]
+    else:
         numbered = [re.fullmatch("([0-9]+)_[0-9]+", file.stem) for file in images]
         each, rest = divmod(len(images), len(prompts))
         if rest and not all(numbered):
@@ -67,14 +68,35 @@ def files_of(path, seed, prompts, table=None):
                 f"{folder}: {each} images a prompt in the order of names; {shown(images[0].name)} is of {prompts[0]!r}",
                 flush=True,
             )
-    for file in (file for files in found for file in files):
-        if (kind := ENDINGS.get(file.suffix.lower(), "PNG")) != "PNG":
-            convert = f"mogrify -format png {shlex.quote(str(file.parent))}/*{file.suffix}"
-            raise InputError(f"{file}: a {kind} file, which is not read; expected PNG, as `{convert}` (ImageMagick) makes it")
+    refuse_others(file for files in found for file in files)
     if [] in found:
         some = f"some of each of the {len(prompts)} prompts"
         raise MissingFile(f"{folder}: no image of prompt {found.index([])}; expected {some}")
     return found
+
+
+def refuse_others(files):
+    """Raises InputError for the first file that is no PNG, with the line that converts it."""
+    for file in files:
+        if (kind := ENDINGS.get(file.suffix.lower(), "PNG")) != "PNG":
+            convert = f"mogrify -format png {shlex.quote(str(file.parent))}/*{file.suffix}"
+            raise InputError(f"{file}: a {kind} file, which is not read; expected PNG, as `{convert}` (ImageMagick) makes it")
+
+
+def real_images(folder):
+    """The files of --reference-images: at least two PNG images, of any sizes and names."""
+    found = images_in(Path(folder))
+    if len(found) < 2:
+        raise MissingFile(f"--reference-images {folder}: {len(found)} images in it; expected a folder of at least two")
+    refuse_others(found)
+    return found
+
+
+@torch.no_grad()
+def embeddings(files, reward, device):
+    """[M, P], see Rewards.embed_images. One image at a time: their sizes may differ."""
+    with reward.on(device):
+        return torch.cat([reward.embed_images(read_png(file)[None]) for file in files])
 
 
 def number_of(prompt, prompts, where):

@@ -66,6 +66,7 @@ def noise(count, shape, seed=0):
 def evaluate(
     model, condition, prompts, reward, judge, v_ref, *, shape, times, negative=None, guidance=1.0, method="euler",
     rows=None, categories=None, samples=8, seed=0, batch=None, device="cpu", normalize=True, mine=alone, gather=alone,
+    real=None,
 ):  # fmt: skip
     """Draws images of prompts and measures them. -> an Evaluation
 
@@ -80,6 +81,7 @@ def evaluate(
     samples, seed          images per prompt, at least 2; which noises
     batch                  images at a time; None: all
     mine, gather           how several processes share the work, see training/distributed.py
+    real                   CLIP's embeddings [M, P] of real images, see `score`; None: there are none
     """
     chosen = torch.arange(len(prompts)) if rows is None else torch.tensor(rows)
     rows = chosen.repeat_interleave(samples)
@@ -93,7 +95,7 @@ def evaluate(
     texts, kinds = ([some[row] for row in rows] if some else None for some in (prompts, categories))
     images = gather(images, count)
     values, errors, right = score(
-        images, texts, samples, reward, judge, device, batch, normalize, divergence, kinds, mine, gather
+        images, texts, samples, reward, judge, device, batch, normalize, divergence, kinds, mine, gather, real
     )
     return Evaluation(values, errors, images, right, chosen)
 
@@ -116,7 +118,7 @@ def w2(v, v_ref, x1, t, noise, rows, batch=None):
 @torch.no_grad()
 def score(
     images, prompts, samples, reward, judge, device, batch=None, normalize=True, w2=None, categories=None, mine=alone,
-    gather=alone,
+    gather=alone, real=None,
 ):  # fmt: skip
     """Measures N images [N, C, H, W] in [−1, 1] of N prompts, in float32 even inside autocast.
 
@@ -127,12 +129,13 @@ def score(
     w2          the divergence, where it was measured
     categories  of each of the N prompts, "" for none; None: no prompt has one
     mine, gather   see `evaluate`: rewards are shared out
+    real        CLIP's embeddings [M, P] of real images, by the first reward that embeds images; None: there are none
 
     -> {metric: number}, {metric: standard error over the prompts, where it is known}, and which images are right.
 
-    Metrics: the reward and its terms, clip_diversity, pixel_diversity, reward_std (the reward's deviation within a prompt, mean
-    over prompts), w2, the judge's, and METRIC/CATEGORY: the judge's first metric, or else the reward, over the prompts of each
-    category. Right is the judge's first metric where it is one of [N], as booleans, else None.
+    Metrics: the reward and its terms, clip_diversity, clip_frechet (with `real`), pixel_diversity, reward_std (the reward's
+    deviation within a prompt, mean over prompts), w2, the judge's, and METRIC/CATEGORY: the judge's first metric, or else the
+    reward, over the prompts of each category. Right is the judge's first metric where it is one of [N], as booleans, else None.
     """
     with torch.autocast(torch.device(device).type, enabled=False):
         with reward.on(device):
@@ -143,6 +146,8 @@ def score(
         values = {}
         if embeddings is not None:
             values["clip_diversity"] = metrics.clip_diversity(embeddings, samples, normalize)
+        if real is not None:
+            values["clip_frechet"] = metrics.clip_frechet(embeddings, real, normalize)
         values["pixel_diversity"] = metrics.group_diversity(images.flatten(1) / images[0].numel() ** 0.5, samples)
         deviations = [group.std() for group in groups if len(group) > 1]
         if deviations:

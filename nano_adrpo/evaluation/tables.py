@@ -2,7 +2,9 @@
 
 A row is a dict of one setting, such as a method at one strength:
   setting, lr   its name and its learning rate (None: there is one for all)
-  final         {metric: (mean, standard error)} at the last step of training
+  final         {metric: (mean, standard error)} at the last step of training, see `summary`
+  runs          how many training runs it has; final's error is over these, or of one run over its noises
+  noise         {metric: standard error over the noises}, where there are several runs and several noises
   path          [{metric: mean}], the means at each evaluated step
 """
 
@@ -20,7 +22,17 @@ def row(setting, lr, steps):
     path = [summary(runs) for runs in steps]
     final = {metric: value for metric, value in path[-1].items() if metric != "round"}
     means = [{metric: mean for metric, (mean, _) in point.items()} for point in path]
-    return {"setting": setting, "lr": lr, "final": final, "path": means}
+    noise = over_noises(steps[-1]) if len(steps[-1]) > 1 else {}
+    return {"setting": setting, "lr": lr, "final": final, "runs": len(steps[-1]), "noise": noise, "path": means}
+
+
+def over_noises(runs):
+    """Like `summary`, of the other error: {metric: standard error over the noises, each with its mean over the training runs},
+    which share them. Empty where there is one noise, or where the runs have not equally many."""
+    if len({len(run) for run in runs}) > 1 or len(runs[0]) < 2:
+        return {}
+    turned = [list(noise) for noise in zip(*runs)]  # [[{metric: number} for each training run] for each noise]
+    return {metric: error for metric, (_, error) in summary(turned).items()}
 
 
 def summary(runs):
@@ -48,15 +60,23 @@ def as_json(rows):
     return [row | {"final": {metric: value(*row["final"][metric]) for metric in row["final"]}} for row in rows]
 
 
-def table(rows, start=None):
-    """Markdown, a line per row. start: the name of an extra first line, the values before training; None: none."""
-    metrics, rates = list(rows[0]["final"]), rows[0]["lr"] is not None
-    names = ["setting", "lr", *metrics] if rates else ["setting", *metrics]
+def table(rows, start=None, columns=None):
+    """Markdown, a line per row. A standard error over training runs stands behind ±; one within a run, over its noises or
+    problems, in brackets.
+
+    start     the name of an extra first line, the values before training; None: none
+    columns   {metric: its heading}; None: all metrics, under their names
+    """
+    metrics, rates = dict.fromkeys(metric for row in rows for metric in row["final"]), rows[0]["lr"] is not None
+    columns = columns or {metric: metric for metric in metrics}
+    metrics = [metric for metric in columns if metric in metrics]
+    names = ["setting", *(["lr"] if rates else []), *(columns[metric] for metric in metrics)]
     lines = []
     if start:
-        lines.append([start, *(["–"] if rates else []), *(f"{rows[0]['path'][0][metric]:.3g}" for metric in metrics)])
+        values = [rows[0]["path"][0].get(metric, math.nan) for metric in metrics]
+        lines.append([start, *(["–"] if rates else []), *(cell(value) for value in values)])
     for row in rows:
-        cells = [cell(*row["final"].get(metric, (math.nan, math.nan))) for metric in metrics]
+        cells = [cell(*numbers(row, metric)) for metric in metrics]
         lines.append([row["setting"], *([f"{row['lr']:g}"] if rates else []), *cells])
     return markdown(names, lines)
 
@@ -67,8 +87,14 @@ def markdown(names, lines):
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
-def cell(mean, error):
-    """A number and its error, where it has them."""
+def numbers(row, metric):
+    """-> a metric's mean, its standard error over training runs, and the one within a run; NaN where one is not known."""
+    mean, error = row["final"].get(metric, (math.nan, math.nan))
+    return (mean, error, row["noise"].get(metric, math.nan)) if row["runs"] > 1 else (mean, math.nan, error)
+
+
+def cell(mean, error=math.nan, within=math.nan):
+    """A number and its errors, those that are known."""
     if math.isnan(mean):
         return "–"
-    return f"{mean:.3g}" if math.isnan(error) else f"{mean:.3g} ± {error:.1g}"
+    return f"{mean:.3g}" + ("" if math.isnan(error) else f" ± {error:.1g}") + ("" if math.isnan(within) else f" ({within:.1g})")

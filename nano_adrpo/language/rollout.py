@@ -82,6 +82,7 @@ def score(model, rollout, rows, temperature=1.0, entropy=False):
 @torch.no_grad()
 def score_all(model, rollout, batch, temperature=1.0, entropy=False, rows=None):
     """`score` of the completions in `rows` (None: all), `batch` at a time, without gradient."""
-    rows = torch.arange(len(rollout.ids)) if rows is None else rows
-    scores = [score(model, rollout, each, temperature, entropy) for each in rows.to(rollout.ids.device).split(batch)]
+    device = rollout.ids.device
+    rows = torch.arange(len(rollout.ids), device=device) if rows is None else rows.to(device)
+    scores = [score(model, rollout, each, temperature, entropy) for each in rows.split(batch)]
     return tuple(torch.cat(values) for values in zip(*scores)) if entropy else torch.cat(scores)

@@ -45,6 +45,10 @@ class Rewards:
         reward = sum(weight * scores[name] for name, (_, weight) in self.terms.items())
         return {"reward": reward, **(scores if len(scores) > 1 else {})}
 
+    def unweighted(self, scores):
+        """Of what a call returned, the terms of weight 0, which only measure: a list of [N]."""
+        return [scores[name] for name, (_, weight) in self.terms.items() if weight == 0]
+
     @property
     def embeds(self):
         """Whether `embed_images` gives some."""

@@ -88,13 +88,14 @@ class TextToImage:
         return ode.time_grid(steps, shift or self.sampler.shift, device=self.device)
 
     @torch.no_grad()
-    def sample(self, x0, condition, times, negative=None, guidance=1.0, method="euler"):
+    def sample(self, x0, condition, times, negative=None, guidance=1.0, method="euler", transformer=None):
         """Integrates the model's ODE from noise x0 [B, C, H, W] -> latents like x0.
 
         condition        what to draw: B prompts
         negative         what guidance leads away from: B prompts, or one for all; needed where there is guidance
         guidance         the scale of ode.guide; up to 1 there is none, as in diffusers
         times, method    see ode.sample
+        transformer      see `velocity`
         """
         guidance, condition = max(guidance, 1.0), condition.to(x0.device)  # once, and not at every step
         if guidance > 1:
@@ -103,10 +104,16 @@ class TextToImage:
             negative = negative.to(x0.device)
             if len(negative) == 1:
                 negative = negative[[0] * len(x0)]
-        velocity = ode.guide(lambda x, t: self.velocity(x, t, condition), lambda x, t: self.velocity(x, t, negative), guidance)
+
+        def toward(condition):
+            return lambda x, t: self.velocity(x, t, condition, transformer)
+
+        velocity = ode.guide(toward(condition), toward(negative), guidance)
         return ode.sample(velocity, x0, times, method)
 
-    def draw(self, x0, condition, times, negative=None, guidance=1.0, method="euler", batch=None, tile=None):
+    def draw(
+        self, x0, condition, times, negative=None, guidance=1.0, method="euler", batch=None, tile=None, transformer=None
+    ):  # fmt: skip
         """Samples and decodes, `batch` samples at a time (None: all at once). The arguments of `sample` and `decode`.
 
         -> (latents x1 [N, C, H, W] on x0's device, images [N, 3, H', W'] on the CPU; both in x0's dtype)
@@ -114,7 +121,7 @@ class TextToImage:
         latents, images = [], []
         for rows in torch.arange(len(x0), device=x0.device).split(batch or len(x0)):
             away = negative if negative is None or len(negative) == 1 else negative[rows]
-            latents.append(self.sample(x0[rows], condition[rows], times, away, guidance, method))
+            latents.append(self.sample(x0[rows], condition[rows], times, away, guidance, method, transformer))
             images.append(self.decode(latents[-1], tile).cpu())
         return torch.cat(latents), torch.cat(images)
 

@@ -23,6 +23,8 @@ from nano_adrpo.text_to_image import FAMILIES
 from nano_adrpo.text_to_image.condition import Condition
 from nano_adrpo.text_to_image.family import Release, family_of
 
+NAMES = ("prompt", "prompts")  # of the key or column that a prompt stands under; "Prompts" is DrawBench's
+
 
 class Prompt(NamedTuple):
     text: str
@@ -31,10 +33,10 @@ class Prompt(NamedTuple):
 
 def read_prompts(file):
     """The prompts in a file, [Prompt], see `read_rows`."""
-    return [Prompt(row["prompt"], str(row.get("category") or "")) for row in read_rows(file)]
+    return [Prompt(row["prompt"], str(row.get("category") or "").strip()) for row in read_rows(file)]
 
 
-def read_rows(file, names=("prompt",)):
+def read_rows(file, names=NAMES):
     """The rows of a file of prompts: dicts with a text under "prompt" and whatever else the row holds, such as "category".
 
     file    its ending, in capitals or not, tells its format:

@@ -16,7 +16,7 @@ def test_the_paths_are_absolute_and_there():
     for paths in (demo.FLOW, demo.GRPO, demo.DECEPTIVE):
         for name, value in paths.items():
             for path in [] if name == "max_new_tokens" else value if isinstance(value, list) else [value]:
-                path = Path(path.removesuffix(":judge").removesuffix(":deceptive"))
+                path = Path(path.removesuffix(":judge").removesuffix(":deceptive").removesuffix(":tints@0"))
                 assert path.is_absolute() and path.exists(), path
 
 

@@ -219,3 +219,15 @@ def test_the_recipe_makes_the_committed_checkpoints(tmp_path, real):
 def velocity(folder, x_t, t, prompts):
     model = TextToImage.from_pretrained(folder)
     return model.velocity(x_t, t, model.encode(prompts))
+
+
+def test_tints_measure_the_distance_from_the_nearest_tint_of_an_ink():
+    colours = torch.rand(20, 3, generator=torch.Generator().manual_seed(0))
+    depths = torch.linspace(0, 1, 2001)[:, None, None]
+    tints = (1 - depths * (1 - digits.RGB)).reshape(-1, 3)  # all that lie between white and an ink, a grid of them
+    nearest = torch.cdist(colours, tints).amin(dim=1)
+    images = (colours * 2 - 1)[:, :, None, None].repeat(1, 1, 4, 4)
+    images[:, :, 2:] = 1  # the other half is white
+    torch.testing.assert_close(digits.tints(images, ["a red one"] * 20), -nearest / 2, rtol=0, atol=1e-3)
+    drawn = Painter(torch.Generator().manual_seed(0)).paint([Scene(3, 2)] * 4)
+    assert -0.01 < digits.tints(drawn, [""] * 4).min() and digits.tints(-drawn, [""] * 4).max() < -0.1

@@ -61,6 +61,9 @@ def test_the_rest_of_a_row_is_kept(tmp_path):
     (tmp_path / "p.csv").write_text("Category,prompt\nc,a\nd,b\n")
     assert read_rows(tmp_path / "p.json") == read_rows(tmp_path / "p.csv") == rows
     assert read_prompts(tmp_path / "p.csv") == [("a", "c"), ("b", "d")]
+    drawbench = '"Prompts","Category"\n"A red, wet car.","Colors"\n"A pear.","Gary Marcus et al. "\n'  # its sheet's columns
+    (tmp_path / "drawbench.csv").write_text(drawbench)
+    assert read_prompts(tmp_path / "drawbench.csv") == [("A red, wet car.", "Colors"), ("A pear.", "Gary Marcus et al.")]
     (tmp_path / "p.txt").write_text("a\n")
     assert read_rows(tmp_path / "p.txt") == [{"prompt": "a"}]
     (tmp_path / "q.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
