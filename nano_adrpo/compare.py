@@ -34,6 +34,7 @@ from nano_adrpo import demo, files, when
 from nano_adrpo.errors import InputError, Parser, run_command
 from nano_adrpo.evaluation import plots, progress, tables
 from nano_adrpo.files.config import Index, fits, section
+from nano_adrpo.training.checkpoint import sweep
 from nano_adrpo.training.life import Life
 from nano_adrpo.training.options import positive
 from nano_adrpo.training.run import make_folder, new_folder
@@ -113,8 +114,8 @@ AUDIO = {  # the paper's Table 3
 }
 COMPARISONS = {
     "flow": Comparison(
-        "train_flow", FLOW, 24, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"),
-        rates=(2e-4, 6e-4, 2e-3), common={"eval-every": 2, "eval-prompts": 24, "eval-samples": 4},
+        "train_flow", FLOW, 12, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"),
+        rates=(2e-4, 6e-4, 2e-3), common={"eval-every": 2, "eval-prompts": 32, "eval-samples": 4},
         columns={
             "reward": "reward", "joint": "joint", "pixel_diversity": "pixel diversity", "w2": "W2", "frechet": "Fréchet",
             "mean_beta": "mean β",
@@ -172,6 +173,7 @@ def main(argv=None):
 
     with Life() as life:
         life.lock(out, ".lock")
+        sweep(out)
         every = run([*itertools.product(comparison.settings, comparison.rates)], range(1))
         rows = run([(row["setting"], row["lr"]) for row in best_rates(every, comparison.judge)], range(seeds))
     results = {"rounds": rounds, "seeds": seeds, "rows": tables.as_json(rows)}

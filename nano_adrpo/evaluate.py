@@ -39,6 +39,7 @@ from nano_adrpo.rewards import images as image_rewards
 from nano_adrpo.rewards import text as text_rewards
 from nano_adrpo.text_to_image import TextToImage, prompts
 from nano_adrpo.training import options
+from nano_adrpo.training.life import Life
 from nano_adrpo.training.options import DTYPES, device, flag, positive
 from nano_adrpo.training.run import new_folder
 
@@ -377,8 +378,10 @@ def side_by_side(evaluation, file):
 
 def main(argv=None):
     args = parse(argv)
-    evaluation = TextEvaluation(args) if "problems" in args else Evaluation(args)
-    rows, out = evaluation.rows(), Path(args.out)
+    evaluation, out = TextEvaluation(args) if "problems" in args else Evaluation(args), Path(args.out)
+    with Life() as life:
+        life.lock(out, ".lock")
+        rows = evaluation.rows()
     counts, line = evaluation.report(rows)
     files.write_json(out / "results.json", {**counts, "rows": tables.as_json(rows)})
     table = f"{line}\n\n{tables.table(rows)}"

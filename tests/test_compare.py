@@ -225,6 +225,12 @@ def test_a_folder_that_cannot_be_written_to_or_has_a_comparison_is_refused_befor
             assert f"--out {out}: {message}" in line and not invented
 
 
+def test_what_a_killed_comparison_left_half_written_goes(tmp_path, invented):
+    (tmp_path / ".table.md.abc.tmp").mkdir(parents=True)
+    compare.main(["flow", "--out", str(tmp_path), "--seeds", "1", "--rounds", "2"])
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 def test_a_failing_run_stops_the_comparison(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare.COMPARISONS["flow"], "settings", {"broken": {"method": "adrpo", "beta0": -1}})
     monkeypatch.setattr(compare.COMPARISONS["flow"], "rates", (None,))

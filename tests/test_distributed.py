@@ -36,7 +36,7 @@ ADAPTERS = "--lora-rank 2 --lr 0.002 --ema 0.5"
 CASES = {
     "flow": (FLOW, "--ema 0.5", ""),
     "flow, FSDP": (FLOW, "--ema 0.5", "--fsdp --micro-batch RANKS"),  # two micro-batches of one sample each
-    "flow, off-line DPO, FSDP": (FLOW, "--method dpo-offline", "--fsdp --micro-batch RANKS"),
+    "flow, off-line DPO, FSDP": (FLOW, "--method dpo-offline --lr 0.0002", "--fsdp --micro-batch RANKS"),
     "flow, adapters": (FLOW, ADAPTERS, "--micro-batch RANKS"),
     "flow, adapters, FSDP": (FLOW, ADAPTERS, "--fsdp"),
     "grpo": (GRPO, "--average tokens", "--micro-batch RANKS"),

@@ -16,6 +16,7 @@ from nano_adrpo.files.png import read_png, write_png
 from nano_adrpo.rewards.images import ClipScore
 from nano_adrpo.text_to_image import TextToImage
 from nano_adrpo.text_to_image.prompts import read_prompts
+from nano_adrpo.training.life import Life
 
 BASE = HERE / "base"
 TRAIN = "--rounds 2 --prompts-per-round 2 --group-size 2 --inner-steps 1 --ode-steps 4 --eval-every 1 --eval-samples 2"
@@ -336,6 +337,14 @@ def test_another_evaluation_in_the_same_folder_is_refused(tmp_path, few, runs):
     (tmp_path / "used" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="the folder is not empty"):
         run("--models", f"base={BASE}", *few, "--out", tmp_path / "used")
+
+
+def test_two_evaluations_do_not_share_a_folder(tmp_path, few):
+    run("--models", f"base={BASE}", *few)
+    with Life() as life:
+        life.lock(tmp_path / "out", ".lock")
+        with pytest.raises(errors.InputError, match="another run has it"):
+            run("--models", f"base={BASE}", *few)
 
 
 def test_batches_change_nothing(tmp_path, few, monkeypatch):

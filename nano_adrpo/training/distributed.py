@@ -20,6 +20,7 @@ import sys
 import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from nano_adrpo.errors import InputError, NotFinite
@@ -45,7 +46,11 @@ def together():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    # After a restart torchrun's store still has the addresses of the processes that were: each attempt needs names of its own.
+    store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank(), world_size=size())
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if rank() else sys.stdout):
         yield
     dist.destroy_process_group()  # not after an error: other ranks may still wait
