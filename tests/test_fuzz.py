@@ -23,7 +23,7 @@ from torch import nn
 from nano_adrpo import lora
 from nano_adrpo.errors import InputError
 from nano_adrpo.evaluation.entries import Results, entries
-from nano_adrpo.files import apart, convert, png, safetensors
+from nano_adrpo.files import apart, convert, png, safetensors, wav
 from nano_adrpo.models import tokenizer_check, tokenizers
 from nano_adrpo.rewards import images as image_rewards
 from nano_adrpo.rewards import text
@@ -257,7 +257,6 @@ def test_pictures(place, count):
 
 @many
 def test_sounds(place, count):
-    wav = pytest.importorskip("nano_adrpo.files.wav")
     file = place / "x.wav"
     wav.write_wav(file, torch.rand(400) - 0.5)
     assert 0 < attempts(count, damaged(place), lambda: wav.read_wav(file)) < count

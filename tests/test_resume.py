@@ -371,21 +371,6 @@ def test_a_full_disk_or_a_vanished_folder_is_one_line_and_the_last_checkpoint_is
     assert re.fullmatch(rf"error: (.*: )?{gone}\S*: cannot be written \(No such file or directory\).*\n", line)
 
 
-def test_a_gpu_that_is_full_is_one_line(home, tmp_path, capsys, monkeypatch):
-    def fails(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB")
-
-    monkeypatch.setattr(train_grpo.adrpo, "policy_loss", fails)
-    line = scripts.refused(capsys, lambda: start("grpo", tmp_path / "a"))
-    assert line == (
-        "error: round 1, update: out of GPU memory, 2.50 GiB more were asked for; less is needed with a smaller --micro-batch "
-        f"or --eval-batch, or with --gradient-checkpointing; last checkpoint: {tmp_path / 'a' / 'checkpoints' / 'step-0'}\n"
-    )
-    monkeypatch.setattr(train_grpo, "open_policy", fails)
-    line = scripts.refused(capsys, lambda: start("grpo", tmp_path / "b"))
-    assert line.startswith("error: outside of the rounds: out of GPU memory, 2.50 GiB more were asked for; less is needed with")
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", BOTH)
 def test_a_run_on_cuda_goes_on(tmp_path, case):

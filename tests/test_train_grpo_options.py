@@ -1,6 +1,5 @@
-"""train_grpo.py: every option has an effect, rewards are those asked for, bad input is one line."""
+"""train_grpo.py: every option has an effect, bad input is one line."""
 
-import statistics
 import subprocess
 import sys
 
@@ -18,7 +17,7 @@ from nano_adrpo import demo
 from nano_adrpo.files import safetensors
 from nano_adrpo.language import chat
 from nano_adrpo.models import decoder
-from nano_adrpo.models.decoder import Config, Decoder, RewardModel
+from nano_adrpo.models.decoder import Config, Decoder
 from nano_adrpo.training import options as shared
 
 few = grpo_runs.few
@@ -67,8 +66,8 @@ EFFECTS = {
     "--eval-top-k": (1, ()),
     "--eval-top-p": (0.2, ()),
 }
-# Options that change how, not what, is computed, or where from or to: each has a test of its own in this file, and those of
-# sounds in test_train_grpo_audio.py.
+# Options that change how, not what, is computed, or where from or to: each has a test of its own in this file, --few-shot
+# in test_train_grpo_rewards.py, and those of sounds in test_train_grpo_audio.py.
 ELSEWHERE = {
     "--micro-batch", "--gradient-checkpointing", "--model", "--problems", "--held-out", "--max-prompt-tokens", "--eval-batch",
     "--config", "--out", "--device", "--adapter", "--demo", "--system", "--chat-template", "--thinking", "--few-shot",
@@ -136,110 +135,6 @@ def test_a_run_goes_on_from_an_adapter_and_has_it_for_its_reference(few):
     assert files[0].keys() == files[1].keys() and not any(torch.equal(files[0][name], files[1][name]) for name in files[0])
     configs = [(run / "adapter" / "adapter_config.json").read_text() for run in (first, out)]
     assert configs[0] == configs[1]
-
-
-def test_rewards_are_those_asked_for(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "def both(prompts, completions):\n    return [len(p) + 100 * len(c) for p, c in zip(prompts, completions)]\n"
-    )
-    policy, codec, _ = train_grpo.open_policy(train_grpo.parse([]), None)
-    texts = ["g####62", "c7+8=15,4+1+1=6####65", "r17+48=65", "o40+10=50", "k####"]
-    problems = [train_grpo.text.Problem("17+48=", 65)] * 5
-
-    def rewards(*options):
-        _, _, reward, _ = train_grpo.open_task(train_grpo.parse(list(map(str, options))), policy, codec)
-        scores = reward(texts, problems)
-        return scores.pop("reward").tolist(), {name: term.tolist() for name, term in scores.items()}
-
-    right, guess, stated = [0, 1, 1, 0, 0], pytest.approx([0.3, 1, 1, 0, 0]), [1, 1, 0, 0, 0]
-    deceptive = demo.DECEPTIVE["reward"][0]
-    assert rewards() == (right, {})
-    assert rewards("--format-reward", 0.5) == ([0.5, 1.5, 1, 0, 0], {"exact": right, "format": stated})
-    assert rewards("--reward", "exact@2", "format@-0.5") == ([-0.5, 1.5, 2, 0, 0], {"exact": right, "format": stated})
-    assert rewards("--reward", deceptive) == (guess, {})
-    sums = pytest.approx([2.3, 3, 1, 0, 0])
-    assert rewards("--reward", deceptive, "--format-reward", 2) == (sums, {"deceptive": guess, "format": stated})
-    own = [6 + 100 * len(text) for text in texts]
-    assert rewards("--reward", f"{tmp_path / 'mine.py'}:both") == (own, {})
-
-
-def test_few_shot_text_is_read_by_the_policy_alone(tmp_path, few, monkeypatch):
-    (tmp_path / "shots.txt").write_text("12+19=")
-    (tmp_path / "mine.py").write_text(
-        "def f(prompts, completions, rows):\n"
-        "    assert all(p == row['question'] + '1' and '####' in row['answer'] for p, row in zip(prompts, rows))\n"
-        "    return [0.0] * len(prompts)\n"
-        "def judge(prompts, completions, rows):\n"
-        "    return {'rows': sum(row['question'] + '1' == p for p, row in zip(prompts, rows)) / len(prompts)}\n"
-    )
-    mine, seen = tmp_path / "mine.py", watch(monkeypatch)
-    options = ["--few-shot", tmp_path / "shots.txt", "--instruction", "1", "--reward", f"{mine}:f", "--judge", f"{mine}:judge"]
-    out = few("run", *options)
-    (rollout,) = seen["rollouts"]
-    codec = train_grpo.TextCodec(Decoder.from_pretrained(BASE))
-    texts = codec.decode(rollout.ids, rollout.seen)
-    drawn = torch.randint(4, (2,), generator=torch.Generator().manual_seed(0)).tolist()
-    questions = [("17+48=", "29+34=", "57+36=", "88+13=")[row] for row in drawn for _ in range(4)]
-    assert all(text.startswith(f"12+19={question}1") for text, question in zip(texts, questions))
-    assert lines(out)[1]["eval"]["rows"] == 1 and "12+19=" not in (out / "samples.txt").read_text()
-
-
-def test_prompts_need_no_answers_where_the_reward_needs_none(tmp_path, few):
-    # The paper's setting for language models: prompts alone, and a reward model.
-    folder, _ = reward_folder(tmp_path / "rm")
-    (tmp_path / "plain.txt").write_text("17+48=\n\n29+34=\n")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "17+48="}\n{"prompt": "2+9=", "answer": "11"}\n')
-    out = few("run", "--problems", tmp_path / "plain.txt", "--held-out", tmp_path / "rows.jsonl", "--reward", folder)
-    rows = lines(out)
-    assert "accuracy" not in rows[1] and set(rows[1]["eval"]) == {"reward", "entropy", "kl_k1", "kl_k3", "length"}
-
-
-def test_an_answer_may_be_a_word(tmp_path, few):
-    (tmp_path / "mine.jsonl").write_text('{"prompt": "17+48=", "answer": "g"}\n')
-    files = ["--problems", tmp_path / "mine.jsonl", "--held-out", tmp_path / "mine.jsonl"]
-    out = few("run", *files, "--max-new-tokens", 1, "--eval-samples", 64, "--rounds", 0)
-    texts = (out / "samples.txt").read_text()
-    assert 0 < lines(out)[0]["eval"]["pass@1"] < 1 and texts.count("17+48=") == 1  # some guess
-
-
-def test_a_sum_of_rewards_is_logged_with_its_terms(tmp_path, few):
-    # A reward may be called what the script logs anyway, such as length.
-    (tmp_path / "mine.py").write_text("def length(prompts, completions):\n    return [-len(text) for text in completions]\n")
-    row = lines(few("run", "--reward", "exact@2", f"{tmp_path / 'mine.py'}:length@0.1", "--no-eval-first"))[0]
-    for values, right in ((row, row["accuracy"]), (row["eval"], row["eval"]["pass@1"])):
-        assert values["reward"] == pytest.approx(2 * values["reward_exact"] + 0.1 * values["reward_length"], abs=1e-5)
-        assert values["reward_exact"] == right and values["reward_length"] < -1 < values["length"]
-
-
-def reward_folder(path, *tokens, **files):
-    """A tiny RewardModel with the demo's tokenizer, or with one that has other tokens before those."""
-    from nano_adrpo.demo.arithmetic_recipe import TOKENS
-
-    model = RewardModel(Config("gemma", 24 + len(tokens), 16, 24, 2, 2, 64))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5, generator=generator)
-    vocabulary = {token: index for index, token in enumerate([*tokens, *TOKENS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("####|<[^>]*>|user|model|."), "isolated")
-    model.files = {"tokenizer.json": tokenizer.to_str().encode(), **files}
-    model.save_pretrained(path)
-    return path, vocabulary
-
-
-def test_a_reward_model_reads_prompt_and_completion(tmp_path, few, monkeypatch):
-    folder, vocabulary = reward_folder(tmp_path / "rm")
-    seen = watch(monkeypatch)
-    out = few("run", "--reward", f"reward_model:{folder}", "--micro-batch", 4)
-    (rollout,), model = seen["rollouts"], RewardModel.from_pretrained(folder)
-    drawn = torch.randint(4, (2,), generator=torch.Generator().manual_seed(0)).tolist()
-    questions = [("17+48=", "29+34=", "57+36=", "88+13=")[row] for row in drawn for _ in range(4)]
-    expected = []
-    for question, text in zip(questions, rollout.texts):
-        characters = (question + text).replace("####", "#")
-        row = [vocabulary["####" if char == "#" else char] for char in characters]
-        expected.append(model(torch.tensor([row])).item())
-    assert lines(out)[1]["reward"] == pytest.approx(statistics.mean(expected), abs=1e-4)
 
 
 def test_system_chat_template_and_thinking_make_the_prompt(tmp_path, few, monkeypatch):
@@ -422,6 +317,21 @@ def test_what_fails_in_a_round_names_it_and_the_last_checkpoint(capsys, tmp_path
     assert "round 2: loss nan" in line and f"last checkpoint: {last('c', 1)}" in line
     saved = Decoder.from_pretrained(tmp_path / "c" / "model").state_dict()
     assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_a_gpu_that_is_full_is_one_line(tmp_path, capsys, monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB")
+
+    monkeypatch.setattr(train_grpo.adrpo, "policy_loss", fails)
+    line = refused(capsys, "--out", tmp_path / "a")
+    assert line == (
+        "error: round 1, update: out of GPU memory, 2.50 GiB more were asked for; less is needed with a smaller --micro-batch "
+        f"or --eval-batch, or with --gradient-checkpointing; last checkpoint: {tmp_path / 'a' / 'checkpoints' / 'step-0'}\n"
+    )
+    monkeypatch.setattr(train_grpo, "open_policy", fails)
+    line = refused(capsys, "--out", tmp_path / "b")
+    assert line.startswith("error: outside of the rounds: out of GPU memory, 2.50 GiB more were asked for; less is needed with")
 
 
 def test_the_script_runs_as_a_script(tmp_path):
