@@ -49,8 +49,10 @@ METHODS = {
     "orw-cfm-w2": lambda R, A, others, args: (adrpo.reward_weights(R, args.tau, args.group_size), args.beta0),
     "raft": lambda R, A, others, args: (adrpo.best_of_group(R, args.group_size), 0.0),
     "dpo": lambda R, A, others, args: (0.0, 0.0),  # not used
-    "dpo-offline": lambda R, A, others, args: (0.0, 0.0),  # nor here; the paper's baseline
+    "dpo-offline": lambda R, A, others, args: (0.0, 0.0),  # not used; its pairs come from the reference, as the paper's
 }
+CLAMPED = "adrpo", "fixed-beta", "gardo-gate"  # the methods in which clamp(A) stands
+DPO = "dpo", "dpo-offline"  # those that compare pairs
 
 
 @alive
@@ -164,8 +166,6 @@ def remember(evaluations, round, found):
     return values | {f"{name}_error": evaluation.errors for name, evaluation in found.items()}
 
 
-DPO = "dpo", "dpo-offline"  # the methods that compare pairs
-CLAMPED = "adrpo", "fixed-beta", "gardo-gate"  # those that weight by the clamped A
 BEST, WORST = slice(0, None, 2), slice(1, None, 2)  # rows of a batch of pairs
 
 

@@ -57,7 +57,7 @@ METHODS = {
     "shuffled": lambda R, A, args: args.beta0 - A.clamp(*advantage_range(args)).roll(args.group_size),
     "anti": lambda R, A, args: args.beta0 + A.clamp(*advantage_range(args)),
 }
-CLIPPED = "adrpo", "shuffled", "anti"  # the methods in which clamp(A) stands
+CLAMPED = "adrpo", "shuffled", "anti"  # the methods in which clamp(A) stands
 
 
 @alive
@@ -242,7 +242,7 @@ def describe(args, rollout, asked, rewards, A, beta, entropy, logp, ref_logp):
     engine = None if rollout.logp is None else rollout.logp[rollout.mask.bool()]
     groups = rewards["reward"].reshape(-1, args.group_size)
     low, high = advantage_range(args)
-    at_bounds = ((A <= low) | (A >= high)) & (args.method in CLIPPED)
+    at_bounds = ((A <= low) | (A >= high)) & (args.method in CLAMPED)
     right = text.right(rollout.texts, asked)
     return {
         **reward_means(rewards),
@@ -384,11 +384,11 @@ def resolve_task(args):
 
 def refuse_idle(args, argv):
     """Refuses options that have no effect beside the others."""
-    regularised = args.beta0 > 0 or args.method in CLIPPED and advantage_range(args) != (0, 0)
+    regularised = args.beta0 > 0 or args.method in CLAMPED and advantage_range(args) != (0, 0)
     several = args.inner_epochs * args.minibatches > 1 or args.rollouts
     options.refuse_idle(
         argv,
-        (args.method in CLIPPED, f"with --method {', '.join(CLIPPED)}", "--a-min", "--a-max"),
+        (args.method in CLAMPED, f"with --method {', '.join(CLAMPED)}", "--a-min", "--a-max"),
         (several, "with --inner-epochs or --minibatches above 1: in a single step the ratio is 1", "--clip-eps"),
         (regularised, "with a --beta0 above 0: there is no KL", "--kl"),
         (args.eval_temperature > 0, "with --eval-temperature above 0", "--eval-top-k", "--eval-top-p"),
