@@ -44,14 +44,17 @@ from nano_adrpo.training.step import (
 METHODS = {
     # Eq. 6: A and β0 − A, of the clamped A
     "adrpo": lambda R, A, others, args: adrpo.adaptive_coefficients(A, args.beta0, (args.a_min, args.a_max)),
-    "fixed-beta": lambda R, A, others, args: (A.clamp(args.a_min, args.a_max), args.beta0),
-    "gardo-gate": lambda R, A, others, args: (A.clamp(args.a_min, args.a_max), rivals.uncertainty_gate(R, others, args.beta0)),
+    "fixed-beta": lambda R, A, others, args: (clamped(A, args), args.beta0),
+    "gardo-gate": lambda R, A, others, args: (clamped(A, args), rivals.uncertainty_gate(R, others, args.beta0)),
+    # Controls: ADRPO's β of the group before, so that A's place in β does nothing, and β0 + clamp(A)
+    "shuffled": lambda R, A, others, args: (clamped(A, args), (args.beta0 - clamped(A, args)).roll(args.group_size)),
+    "anti": lambda R, A, others, args: (clamped(A, args), args.beta0 + clamped(A, args)),
     "orw-cfm-w2": lambda R, A, others, args: (adrpo.reward_weights(R, args.tau, args.group_size), args.beta0),
     "raft": lambda R, A, others, args: (adrpo.best_of_group(R, args.group_size), 0.0),
     "dpo": lambda R, A, others, args: (0.0, 0.0),  # not used
     "dpo-offline": lambda R, A, others, args: (0.0, 0.0),  # not used; its pairs come from the reference, as the paper's
 }
-CLAMPED = "adrpo", "fixed-beta", "gardo-gate"  # the methods in which clamp(A) stands
+CLAMPED = "adrpo", "fixed-beta", "gardo-gate", "shuffled", "anti"  # the methods in which clamp(A) stands
 DPO = "dpo", "dpo-offline"  # those that compare pairs
 
 
@@ -254,6 +257,11 @@ def latent_shape(args, model):
         return model.latent_shape_at(args.resolution) if args.resolution else model.latent_shape
 
 
+def clamped(A, args):
+    """A within [A_min, A_max]."""
+    return A.clamp(args.a_min, args.a_max)
+
+
 def draw_times(args, count, generator):
     """Times t [count] of the loss, of density 1 (Eq. 6's t ~ U(0, 1)) or 2(1 − t)."""
     t = torch.rand(count, generator=generator)
@@ -313,7 +321,7 @@ def parse(argv=None):
         "--beta0",
         type=positive(float, zero=True),
         default=0.03,
-        help="β0 of adrpo and gardo-gate, β of fixed-beta, in --beta-unit; β of orw-cfm-w2",
+        help=f"β0 of {', '.join(CLAMPED)}, in --beta-unit; β of orw-cfm-w2",
     )
     add("--a-min", type=finite, default=-4.0, help="A_min, the advantage's lower bound, in --beta-unit")
     add("--a-max", type=finite, default=4.0, help="A_max, its upper bound")
@@ -369,6 +377,8 @@ def parse(argv=None):
         raise InputError("--beta0 0: expected a positive number with --method adrpo; the other methods take 0")
     if args.method == "gardo-gate" and all(weight for _, weight in map(weighted, args.reward)):
         raise InputError("--method gardo-gate: expected a --reward of weight 0, such as FILE.py:FUNCTION@0, to compare with")
+    if args.method == "shuffled" and args.prompts_per_round == 1:
+        raise InputError("--method shuffled: expected --prompts-per-round of at least 2: it takes β from another group")
     for option in ("held_out", "embeddings"):
         if getattr(args, option) and not args.prompts:
             raise InputError(f"--{option.replace('_', '-')}: expected only with --prompts")
@@ -383,8 +393,8 @@ def refuse_idle(args, argv):
         argv,
         (args.method == "orw-cfm-w2", "with --method orw-cfm-w2", "--tau"),
         (args.method in DPO, "with --method dpo or dpo-offline", "--beta-dpo"),
-        (args.method not in ("raft", *DPO), "with --method adrpo, fixed-beta, gardo-gate or orw-cfm-w2", "--beta0"),
-        (args.method in CLAMPED, "with --method adrpo, fixed-beta or gardo-gate", "--a-min", "--a-max"),
+        (args.method not in ("raft", *DPO), f"with --method {', '.join(CLAMPED)}, orw-cfm-w2", "--beta0"),
+        (args.method in CLAMPED, f"with --method {', '.join(CLAMPED)}", "--a-min", "--a-max"),
         (args.guidance > 1, "with --guidance above 1", "--negative-prompt"),
         (args.prompts, "with --prompts: the demo's model has no T5", "--t5"),
         *options.idle_in_training(args),

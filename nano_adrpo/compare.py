@@ -1,6 +1,7 @@
 """Every method against every other, on equal terms: the same learning rates, seeds, rounds and evaluation for each.
 
     python -m nano_adrpo.compare flow          # the digits demo: all flow methods, on held-out prompts
+    python -m nano_adrpo.compare steps         # the same, with many gradient steps on few images, and controls
     python -m nano_adrpo.compare grpo          # the arithmetic demo: GRPO and ADRPO-GRPO, and the clip of the paper's Table 3
     python -m nano_adrpo.compare deceptive     # arithmetic in which a guess pays a little: who escapes?
     python -m nano_adrpo.compare epochs        # arithmetic with many passes over few completions, and controls
@@ -81,6 +82,14 @@ FLOW = {  # the strengths of each method span weak to strong regularisation
         **clipped("gardo-gate", 0.3, 4), "reward": [*demo.FLOW["reward"], demo.FLOW["auxiliary"]],
     },
 }  # fmt: skip
+STEPS = {  # β shuffled among samples, and β0 + A, tell what A does in β
+    **{
+        f"{name}={b:g}": clipped(method, b, b)
+        for name, method in (("ADRPO β0", "adrpo"), ("fixed β", "fixed-beta"), ("shuffled β0", "shuffled"), ("anti β0", "anti"))
+        for b in (0.1, 0.3)
+    },
+    "ORW-CFM-W2 τ=1, β=0.3": {"method": "orw-cfm-w2", "tau": 1, "beta0": 0.3},
+}
 GRPO = {  # ADRPO puts up to 2·β0 on a losing sample, so GRPO is run at β0 and at 2·β0
     **{f"GRPO β={b:g}": {"method": "grpo", "beta0": b} for b in (0.04, 0.08, 0.2, 0.4)},
     **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (0.04, 0.2)},
@@ -112,14 +121,19 @@ AUDIO = {  # the paper's Table 3
         for k in (0.5, 1, 2)
     },
 }
+EVALUATED = {"eval-every": 2, "eval-prompts": 32, "eval-samples": 4}
+COLUMNS = {
+    "reward": "reward", "joint": "joint", "pixel_diversity": "pixel diversity", "w2": "W2", "frechet": "Fréchet",
+    "mean_beta": "mean β",
+}  # fmt: skip
 COMPARISONS = {
     "flow": Comparison(
         "train_flow", FLOW, 12, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"),
-        rates=(2e-4, 6e-4, 2e-3), common={"eval-every": 2, "eval-prompts": 32, "eval-samples": 4},
-        columns={
-            "reward": "reward", "joint": "joint", "pixel_diversity": "pixel diversity", "w2": "W2", "frechet": "Fréchet",
-            "mean_beta": "mean β",
-        },
+        rates=(2e-4, 6e-4, 2e-3), common=EVALUATED, columns=COLUMNS,
+    ),
+    "steps": Comparison(
+        "train_flow", STEPS, 6, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"),
+        rates=(6e-4, 2e-3), common={"prompts-per-round": 8, "inner-steps": 64, **EVALUATED}, columns=COLUMNS,
     ),
     "grpo": Comparison(
         "train_grpo", GRPO | BY_ACCURACY, 110, 3, "pass@1", ("entropy", "style_entropy", "kl_k1"), ("reward",)

@@ -106,6 +106,9 @@ def test_coefficients_are_the_table():
     assert numbers["adrpo"] == [[-2, -2, 2, 0], [5, 5, 1, 3]]
     assert numbers["fixed-beta"] == [[-2, -2, 2, 0], [3, 3, 3, 3]]
     assert numbers["gardo-gate"] == [[-2, -2, 2, 0], [0, 0, 3, 0]]  # the third alone is better by R than by the other reward
+    assert numbers["anti"] == [[-2, -2, 2, 0], [1, 1, 5, 3]]
+    args.group_size = 2
+    assert [c.tolist() for c in train_flow.METHODS["shuffled"](rewards, A, [], args)] == [[-2, -2, 2, 0], [1, 3, 5, 5]]
     assert numbers["raft"] == [[0, 0, 1, 0], [0, 0, 0, 0]]
     e = [torch.tensor(x / 2).exp().item() for x in (0, 2, 10, 4)]
     assert numbers["orw-cfm-w2"] == [pytest.approx([4 * x / sum(e) for x in e]), [3, 3, 3, 3]]
