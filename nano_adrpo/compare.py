@@ -121,7 +121,7 @@ AUDIO = {  # the paper's Table 3
         for k in (0.5, 1, 2)
     },
 }
-EVALUATED = {"eval-every": 2, "eval-prompts": 32, "eval-samples": 4}
+EVALUATED = {"eval-every": 1, "eval-prompts": 32, "eval-samples": 4}
 COLUMNS = {
     "reward": "reward", "joint": "joint", "pixel_diversity": "pixel diversity", "w2": "W2", "frechet": "Fréchet",
     "mean_beta": "mean β",
