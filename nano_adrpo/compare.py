@@ -104,11 +104,11 @@ GUESSES = {
     **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (0.04, 0.2)},
 }
 EPOCHS = {  # passes over a round's completions; β shuffled among samples, and β0 + A, tell what A does in β
-    f"{name} β0={b:g}, {epochs} epochs": {"method": method, "beta0": b, "inner-epochs": epochs}
+    f"{name}={b:g}, {epochs} epochs": {"method": method, "beta0": b, "inner-epochs": epochs}
     for epochs in (4, 16)
     for name, method, strengths in (
-        ("GRPO", "grpo", (0.04, 0.08, 0.2, 0.4)), ("ADRPO", "adrpo", (0.04, 0.2)),
-        ("shuffled", "shuffled", (0.2,)), ("anti", "anti", (0.2,)),
+        ("GRPO β", "grpo", (0.04, 0.08, 0.2, 0.4)), ("ADRPO β0", "adrpo", (0.04, 0.2)),
+        ("shuffled β0", "shuffled", (0.2,)), ("anti β0", "anti", (0.2,)),
     )
     for b in strengths
 }  # fmt: skip
