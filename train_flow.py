@@ -52,7 +52,7 @@ METHODS = {
     "orw-cfm-w2": lambda R, A, others, args: (adrpo.reward_weights(R, args.tau, args.group_size), args.beta0),
     "raft": lambda R, A, others, args: (adrpo.best_of_group(R, args.group_size), 0.0),
     "dpo": lambda R, A, others, args: (0.0, 0.0),  # not used
-    "dpo-offline": lambda R, A, others, args: (0.0, 0.0),  # not used; its pairs come from the reference, as the paper's
+    "dpo-offline": lambda R, A, others, args: (0.0, 0.0),  # not used; its pairs come from the reference
 }
 CLAMPED = "adrpo", "fixed-beta", "gardo-gate", "shuffled", "anti"  # the methods in which clamp(A) stands
 DPO = "dpo", "dpo-offline"  # those that compare pairs

@@ -47,9 +47,8 @@ def counted(build, rank=32):
     with torch.device("meta"):
         model = build()
     whole = sum(parameter.numel() for parameter in model.parameters())
-    targets = lora.DECODER_TARGETS if isinstance(model, decoder.Decoder) else lora.MMDIT_TARGETS[:4]
-    targets = lora.MMDIT_TARGETS if isinstance(model, mmdit.MMDiT) else targets
-    lora.add(model, targets, rank, rank)
+    targets = {decoder.Decoder: lora.DECODER_TARGETS, sana.Sana: lora.MMDIT_TARGETS[:4]}
+    lora.add(model, targets.get(type(model), lora.MMDIT_TARGETS), rank, rank)
     return whole, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

@@ -82,7 +82,7 @@ FLOW = {  # the strengths of each method span weak to strong regularisation
         **clipped("gardo-gate", 0.3, 4), "reward": [*demo.FLOW["reward"], demo.FLOW["auxiliary"]],
     },
 }  # fmt: skip
-STEPS = {  # β shuffled among samples, and β0 + A, tell what A does in β
+STEPS = {  # β0 − A of other samples, and β0 + A, tell what A does in β
     **{
         f"{name}={b:g}": clipped(method, b, b)
         for name, method in (("ADRPO β0", "adrpo"), ("fixed β", "fixed-beta"), ("shuffled β0", "shuffled"), ("anti β0", "anti"))
@@ -103,7 +103,7 @@ GUESSES = {
     **{f"GRPO β={b:g}": {"method": "grpo", "beta0": b} for b in (0.04, 0.2, 0.4)},
     **{f"ADRPO β0={b:g}": {"method": "adrpo", "beta0": b} for b in (0.04, 0.2)},
 }
-EPOCHS = {  # passes over a round's completions; β shuffled among samples, and β0 + A, tell what A does in β
+EPOCHS = {  # passes over a round's completions, and the same controls
     f"{name}={b:g}, {epochs} epochs": {"method": method, "beta0": b, "inner-epochs": epochs}
     for epochs in (4, 16)
     for name, method, strengths in (
@@ -123,16 +123,16 @@ AUDIO = {  # the paper's Table 3
 }
 EVALUATED = {"eval-every": 1, "eval-prompts": 32, "eval-samples": 4}
 COLUMNS = {
-    "reward": "reward", "joint": "joint", "pixel_diversity": "pixel diversity", "w2": "W2", "frechet": "Fréchet",
-    "mean_beta": "mean β",
+    "reward": "reward", "joint": "joint", "clip_diversity": "CLIP diversity", "pixel_diversity": "pixel diversity", "w2": "W2",
+    "frechet": "Fréchet", "mean_beta": "mean β",
 }  # fmt: skip
 COMPARISONS = {
     "flow": Comparison(
-        "train_flow", FLOW, 12, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"),
+        "train_flow", FLOW, 12, 3, "joint", ("clip_diversity", "pixel_diversity", "w2"), ("reward", "joint"),
         rates=(2e-4, 6e-4, 2e-3), common=EVALUATED, columns=COLUMNS,
     ),
     "steps": Comparison(
-        "train_flow", STEPS, 6, 3, "joint", ("pixel_diversity", "w2"), ("reward", "joint"),
+        "train_flow", STEPS, 6, 3, "joint", ("clip_diversity", "pixel_diversity", "w2"), ("reward", "joint"),
         rates=(6e-4, 2e-3), common={"prompts-per-round": 8, "inner-steps": 64, **EVALUATED}, columns=COLUMNS,
     ),
     "grpo": Comparison(

@@ -65,7 +65,7 @@ def parse(argv=None):
     real = "folder of real images, any number: clip_frechet is the distance of CLIP's image embeddings to theirs"
     add("--reference-images", metavar="FOLDER", help=real)
     add("--worst", type=positive(int, zero=True), default=0, help="images with the least of each reward, kept in failures/")
-    add("--clip-diversity", choices=("normalized", "projected"), default="normalized", help="projected has the paper's scale")
+    add("--clip-diversity", choices=("normalized", "projected"), default="normalized", help="projected seems the paper's scale")
     add("--seeds", type=positive(int), default=3, help="noises, from 0; 0 is the training script's evaluation")
     add("--steps", type=positive(int), default=8, help="Euler steps from noise to image; SD3's and FLUX's usual is 28")
     add("--shift", type=positive(float), help="time-grid shift; default the model's own")

@@ -26,7 +26,7 @@ def group_diversity(features, group_size):
 
 
 def clip_diversity(embeddings, group_size, normalize=True):
-    """The paper's ClipDiversity: group_diversity of CLIP's image embeddings [N, P], as `encode_image` projects them.
+    """ClipDiversity, which the paper does not define: group_diversity of CLIP's image embeddings [N, P], as projected.
 
     normalize   True: of embeddings of length 1, at most 2. False: of the embeddings as they are. The paper reports about 5,
                 which is the latter's scale if CLIP L/14's image embeddings are about 10 long and two images of one prompt have

@@ -24,8 +24,8 @@ def metrics_of(options):
     """Of an invented run: better with the seed, best at the learning rate 3e-4, DPO at 1e-4."""
     best = 1e-4 if options["method"] == "dpo" else 3e-4
     reward = 10.0 * (options["lr"] == best) + options["seed"] + (options["method"] == "raft")
-    first = {"reward": 0.0, "joint": 0.0, "pixel_diversity": 0.5, "w2": 0.0}
-    last = {"reward": reward, "joint": reward / 100, "pixel_diversity": 0.25, "w2": 0.125}
+    first = {"reward": 0.0, "joint": 0.0, "clip_diversity": 0.75, "pixel_diversity": 0.5, "w2": 0.0}
+    last = {"reward": reward, "joint": reward / 100, "clip_diversity": 0.5, "pixel_diversity": 0.25, "w2": 0.125}
     return [{"round": 0, "eval": first}, {"round": 1, "beta_mean": 0.5}] + [
         {"round": 2, "beta_mean": 1.0 + options["seed"], "eval": last}
     ]  # fmt: skip
@@ -72,15 +72,20 @@ def test_every_setting_has_every_rate_with_seed_0_and_the_best_one_with_the_othe
     assert [(point["round"], point["reward"]) for point in row["path"]] == [(0, 0), (2, 11)]
 
     chosen, every = ([line.split(" | ") for line in text.strip().splitlines()] for text in tables_of(tmp_path / "table.md"))
-    assert chosen[0] == every[0] == ["| setting", "lr", "reward", "joint", "pixel diversity", "W2", "mean β |"]
-    assert chosen[2:] == [
-        ["| base model", "–", "0", "0", "0.5", "0", "– |"],
-        ["| ADRPO β0=1", "0.0003", "11 ± 0.6", "0.11 ± 0.006", "0.25 ± 0", "0.125 ± 0", "1.25 ± 0.3 |"],  # of .75, 1.25, 1.75
-        ["| DPO β=5", "0.0001", "11 ± 0.6", "0.11 ± 0.006", "0.25 ± 0", "0.125 ± 0", "– |"],
-        ["| RAFT", "0.0003", "12 ± 0.6", "0.12 ± 0.006", "0.25 ± 0", "0.125 ± 0", "1.25 ± 0.3 |"],
-    ]
-    assert len(every) == 2 + 1 + 6 and every[4] == ["| ADRPO β0=1", "0.0003", "10", "0.1", "0.25", "0.125", "0.75 |"]
-    pictures = {"reward_pixel_diversity.png", "reward_w2.png"}
+    heading = "| setting | lr | reward | joint | CLIP diversity | pixel diversity | W2 | mean β |"
+    assert chosen[0] == every[0] == heading.split(" | ")
+    ours = ["11 ± 0.6", "0.11 ± 0.006", "0.5 ± 0", "0.25 ± 0", "0.125 ± 0"]
+    assert (
+        chosen[2:]
+        == [
+            ["| base model", "–", "0", "0", "0.75", "0.5", "0", "– |"],
+            ["| ADRPO β0=1", "0.0003", *ours, "1.25 ± 0.3 |"],  # of .75, 1.25, 1.75
+            ["| DPO β=5", "0.0001", *ours, "– |"],
+            ["| RAFT", "0.0003", "12 ± 0.6", "0.12 ± 0.006", *ours[2:], "1.25 ± 0.3 |"],
+        ]
+    )
+    assert len(every) == 2 + 1 + 6 and every[4] == ["| ADRPO β0=1", "0.0003", "10", "0.1", "0.5", "0.25", "0.125", "0.75 |"]
+    pictures = {"reward_clip_diversity.png", "reward_pixel_diversity.png", "reward_w2.png"}
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "results.json", "table.md", ".lock"} | pictures
 
     for removed, again in ((1, 1), (8, 1)):  # of the first stage, of the second
@@ -109,9 +114,8 @@ def test_of_one_rate_there_is_nothing_to_choose_and_one_table(tmp_path, invented
     assert [(o["method"], o["seed"]) for o in invented] == [(m, seed) for seed in (0, 1) for m in ("adrpo", "dpo", "raft")]
     assert all("lr" not in o for o in invented)
     text = (tmp_path / "table.md").read_text()
-    assert text.startswith(
-        "2 rounds, 2 seeds, mean ± standard error.\n\n| setting | reward | joint | pixel_diversity | w2 | mean_beta |"
-    )
+    heading = "| setting | reward | joint | clip_diversity | pixel_diversity | w2 | mean_beta |"
+    assert text.startswith(f"2 rounds, 2 seeds, mean ± standard error.\n\n{heading}")
     assert text.count("setting") == 1 and "every_rate" not in json.loads((tmp_path / "results.json").read_text())
 
 

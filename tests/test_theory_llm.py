@@ -313,7 +313,7 @@ def test_graded_rewards_rest_where_c_says(kl, adaptive):
 
 
 @pytest.mark.parametrize("beta0", [1.6, 3.0])
-def test_never_clamped_it_is_the_flows_fixed_point(beta0):
+def test_never_clamped_it_resembles_the_flows_fixed_point(beta0):
     # (β0 − Ā)·log(p/p_ref) = Ā + λ with one λ for all arms, against β0·log(p/p_ref) = Ā + λ for fixed β
     bandit = Bandit(GRADED, REF, 4)
     laws = {}
