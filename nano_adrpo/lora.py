@@ -238,14 +238,14 @@ def merge_files(folder, path, out):
         files.copy_small(part, inside)
         homes = {}
         for file in base.files:  # shard by shard, which bounds memory
-            name = file.name.replace(".fp16", "")
+            name = re.sub(r"\.(fp16|bf16)", "", file.name)
             tensors = {key: base.stored(key) for key, home in base.home.items() if home == file}
             for key in layers.keys() & tensors.keys():
                 change = (*adapter.matrices(layers[key]), adapter.config.scale(layers[key]))
                 tensors[key] = merged(tensors[key], *change)
             safetensors.save(inside / name, tensors)
             homes |= dict.fromkeys(tensors, name)
-        if len(base.files) > 1:
+        if f"{stem}.safetensors" not in homes.values():  # shards, of which there may be one
             files.write_json(inside / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": homes})
     print(f"{out}: {len(layers)} layers of {part} merged with {adapter.where}")
 

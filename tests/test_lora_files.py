@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from nano_adrpo import files, lora
 from nano_adrpo.errors import run_command
 from nano_adrpo.files import safetensors
-from nano_adrpo.models import mmdit
+from nano_adrpo.models import decoder, mmdit
 
 # ------------------------------------------------------------------------------------------------------------------- files
 
@@ -337,6 +337,25 @@ def test_a_pipeline_is_merged_in_its_transformer_and_copied_elsewhere(tmp_path, 
         "transformer/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     again = mmdit.MMDiT.from_pretrained(out / "transformer")
+    torch.testing.assert_close(again.state_dict(), lora.merge(model).state_dict(), rtol=0, atol=0)
+
+
+def test_one_shard_with_an_index_stays_one_and_what_transformers_opens_comes_along(tmp_path, monkeypatch):
+    folder, out, model = tmp_path / "base", tmp_path / "out", base("decoder")
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    listed = dict.fromkeys(load_file(folder / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors")
+    files.write_json(folder / "model.safetensors.index.json", {"weight_map": listed})
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/tool_use.jinja", "additional_chat_templates/notes", "spk_dict.pt", "other.pt"):
+        (folder / name).write_text(name)
+    lora.save(adapt(model, "decoder"), tmp_path / "adapter")
+    merge(monkeypatch, folder, tmp_path / "adapter", out)
+    assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == {
+        "config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json",
+        "additional_chat_templates/tool_use.jinja", "spk_dict.pt",
+    }  # fmt: skip
+    again = decoder.Decoder.from_pretrained(out)
     torch.testing.assert_close(again.state_dict(), lora.merge(model).state_dict(), rtol=0, atol=0)
 
 

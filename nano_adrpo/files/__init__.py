@@ -7,7 +7,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from nano_adrpo.errors import InputError, MissingFile, NotWritten
+from nano_adrpo.errors import InputError, MissingFile, NotWritten, writing
 
 
 def read_text(file):
@@ -85,6 +85,14 @@ def write_bytes(file, content):
     replace(file, lambda temporary: temporary.write_bytes(content))
 
 
+def check_writable(folder):
+    """Raises NotWritten where nothing can be written in `folder` or, if it is missing, in the nearest one above it."""
+    folder = Path(folder).absolute()
+    nearest = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    with writing(folder), tempfile.TemporaryFile(dir=nearest):
+        pass
+
+
 def refuse_used(path):
     """Refuses a file, and a folder with files in it: nothing is written over."""
     path = Path(path)
@@ -106,12 +114,19 @@ def new_folder(path):
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|ot|npz)|.*\.index(\.\w+)?\.json|\..*|.*\.py")
 
 
+# What transformers opens beside them: further chat templates, and Qwen2.5-Omni's voices, which are copied and never read.
+BESIDE = "additional_chat_templates/*.jinja", "spk_dict.pt"
+
+
 def copy_small(folder, out):
-    """Copies the files of a model folder that are no weights, such as config.json and the tokenizer's. Folders, hidden files
-    and code are left."""
-    for file in sorted(Path(folder).iterdir()):
-        if file.is_file() and not WEIGHTS.fullmatch(file.name):
-            write_bytes(Path(out) / file.name, file.read_bytes())
+    """Copies the files of a model folder that are no weights, such as config.json and the tokenizer's, and those in BESIDE.
+    Other folders, hidden files and code are left."""
+    folder = Path(folder)
+    small = [file for file in folder.iterdir() if not WEIGHTS.fullmatch(file.name)]
+    for file in sorted([*small, *(file for name in BESIDE for file in folder.glob(name))]):
+        if file.is_file():
+            (copy := Path(out) / file.relative_to(folder)).parent.mkdir(exist_ok=True)
+            write_bytes(copy, file.read_bytes())
 
 
 def replace(file, write):

@@ -54,7 +54,8 @@ def convert_folder(folder, out):
     as a safetensors file, the index, and the small files beside them, such as config.json.
 
     Raises MissingFile where a file is missing, InputError as `convert` does."""
-    folder, indexes = Path(folder), sorted(Path(folder).glob("*.bin.index.json"))
+    folder = Path(folder)
+    indexes = sorted(file for file in folder.glob("*.json") if INDEX.fullmatch(file.name))
     listed = {name for index in indexes for name in read_index(index).values()} - set(NO_WEIGHTS)
     shards = {folder / name for name in listed} | {file for file in folder.glob("*.bin") if file.name not in NO_WEIGHTS}
     if not shards:
@@ -66,14 +67,18 @@ def convert_folder(folder, out):
     if len(set(names.values())) < len(names):
         raise InputError(f"{folder}: two .bin files would have one name as safetensors; expected one model's")
     with new_folder(out) as new:
-        homes = {}
+        homes = {}  # file: its keys
         for file, name in names.items():
-            homes |= dict.fromkeys(rewrite(file, new / name, Path(out) / name), name)
+            homes[name] = rewrite(file, new / name, Path(out) / name)
         copy_small(folder, new)
-        for index in indexes:  # the last file, so that a folder with it is whole
-            stem = public(index.name.removesuffix(".bin.index.json"))
-            inside = {key: name for key, name in homes.items() if name.startswith(f"{stem}-")}
-            write_json(new / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": inside})
+        for index in indexes:  # the last files, so that a folder with them is whole
+            stem, variant = INDEX.fullmatch(index.name).groups("")
+            shards = {name: keys for name, keys in homes.items() if name.startswith(f"{public(stem)}{variant}-")}
+            inside = {key: name for name, keys in shards.items() for key in keys}
+            write_json(new / f"{public(stem)}.safetensors.index{variant}.json", {"metadata": {}, "weight_map": inside})
+
+
+INDEX = re.compile(r"(.+)\.bin\.index(\.\w+)?\.json")  # of a variant: pytorch_model.bin.index.fp16.json
 
 
 def public(stem):

@@ -138,7 +138,7 @@ class Checkpoint:
     """The tensors of a `.safetensors` file or of a model folder. Opening reads the headers only; `read` reads one tensor.
 
     path      a file; or a folder with STEM.safetensors or with the shards that STEM.safetensors.index.json lists, and where it
-              has neither, the fp16 variant of one of them
+              has neither, the fp16 or bf16 variant of one of them
     prefix    what the keys of the wanted model begin with in a file that holds other models too. Those models are left out, and
               below, keys are without it. If no key begins with it, the file is taken as a whole
     only      a regular expression: keys, as the files spell them, that do not match it are left out. A shard that by the index
@@ -254,7 +254,7 @@ def find(path, stem, only=".*"):
         return [path], None
     if not path.exists():
         raise MissingFile(f"{path}: no such file or folder; expected a model folder or a .safetensors file")
-    for variant in ("", ".fp16"):
+    for variant in ("", ".fp16", ".bf16"):
         whole, index = path / f"{stem}{variant}.safetensors", path / f"{stem}.safetensors.index{variant}.json"
         if whole.is_file():
             return [whole], None

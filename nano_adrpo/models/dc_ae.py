@@ -294,7 +294,7 @@ CLASS, STEM = "AutoencoderDC", "diffusion_pytorch_model"  # what diffusers calls
 IMPLEMENTED = {
     "_class_name": (CLASS,),
     "upsample_block_type": ("interpolate",),
-    "downsample_block_type": ("Conv",),
+    "downsample_block_type": ("Conv", "conv"),  # releases spell it both ways
     "encoder_out_shortcut": (True,),
     "decoder_in_shortcut": (True,),
     "decoder_conv_act_fn": ("relu",),

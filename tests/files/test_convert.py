@@ -106,6 +106,23 @@ def test_a_folder_of_shards_becomes_one_with_an_index(tmp_path, monkeypatch):
     assert {file.name for file in (tmp_path / "one").iterdir()} == {"model.safetensors", *small}
 
 
+def test_a_variants_shards_keep_their_index_beside_the_plain_ones(tmp_path):
+    plain, half = {"a": torch.ones(2), "b": torch.zeros(3)}, {"a": torch.ones(2).half(), "b": torch.zeros(3).half()}
+    folder = bins(tmp_path / "in", one={"a": plain["a"]}, two={"b": plain["b"]})
+    weight_map = {key: f"pytorch_model.fp16-0000{i}-of-00002.bin" for i, key in enumerate("ab", 1)}
+    for key, name in weight_map.items():
+        torch.save({key: half[key]}, folder / name)
+    (folder / "pytorch_model.bin.index.fp16.json").write_text(json.dumps({"weight_map": weight_map}))
+    convert.convert_folder(folder, tmp_path / "out")
+    index = tmp_path / "out" / "model.safetensors.index.fp16.json"
+    assert json.loads(index.read_text())["weight_map"] == {
+        key: f"model.fp16-0000{i}-of-00002.safetensors" for i, key in enumerate("ab", 1)
+    }
+    assert Checkpoint(tmp_path / "out").read("a").dtype == torch.float32
+    (index.parent / "model.safetensors.index.json").unlink()
+    assert Checkpoint(tmp_path / "out").read("a").dtype == torch.float16
+
+
 def test_folders_that_are_not_converted(tmp_path, monkeypatch, capsys):
     folder = bins(tmp_path / "in", one={"a": torch.ones(2)}, two={"b": torch.ones(2)})
     (tmp_path / "used").mkdir(), (tmp_path / "empty").mkdir()

@@ -175,12 +175,13 @@ def test_damaged_and_missing_files_are_named(folder):
         Checkpoint(folder)
 
 
-def test_the_fp16_variant_is_read_where_there_is_no_other(tmp_path):
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_a_variant_is_read_where_there_is_no_other(tmp_path, variant):
     tensors = {name: torch.full((2,), float(i)) for i, name in enumerate("abc")}
     tiny.shards(tmp_path, tensors, "model", count=2)
-    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "model.safetensors.index.fp16.json")
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / f"model.safetensors.index.{variant}.json")
     assert set(Checkpoint(tmp_path).home) == set("abc")
-    save_file({"half": torch.ones(1)}, tmp_path / "model.fp16.safetensors")
+    save_file({"half": torch.ones(1)}, tmp_path / f"model.{variant}.safetensors")
     assert set(Checkpoint(tmp_path).home) == {"half"}
     save_file({"whole": torch.ones(1)}, tmp_path / "model.safetensors")
     assert set(Checkpoint(tmp_path).home) == {"whole"}

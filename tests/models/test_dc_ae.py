@@ -34,6 +34,14 @@ def test_both_directions_are_diffusers(tmp_path):
     assert rounded.dtype == torch.bfloat16 and (rounded.float() - images).norm() / images.norm() < 0.05
 
 
+def test_both_spellings_of_releases_are_the_same_model(tmp_path):
+    build().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["downsample_block_type"] == "Conv"
+    tiny.write_json(tmp_path / "config.json", config | {"downsample_block_type": "conv"})
+    torch.testing.assert_close(DeepAutoencoder.from_pretrained(tmp_path).state_dict(), build().state_dict(), rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_the_thirds_of_the_projection_are_no_queries_keys_and_values():
     model = build()

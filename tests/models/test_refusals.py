@@ -107,7 +107,7 @@ CONFIGS = {
         ({"_class_name": "AutoencoderKL"}, "key '_class_name' is 'AutoencoderKL'; expected 'AutoencoderDC'"),
         ({"upsample_block_type": "pixel_shuffle"}, "key 'upsample_block_type' is 'pixel_shuffle'; expected 'interpolate'"),
         ({"upsample_block_type": "absent"}, "key 'upsample_block_type' is missing; expected 'interpolate'"),
-        ({"downsample_block_type": "absent"}, "key 'downsample_block_type' is missing; expected 'Conv'"),
+        ({"downsample_block_type": "absent"}, "key 'downsample_block_type' is missing; expected 'Conv' or 'conv'"),
         ({"encoder_out_shortcut": False}, "key 'encoder_out_shortcut' is False; expected True"),
         ({"decoder_norm_types": ["rms_norm", "batch_norm", "rms_norm"]}, "key 'decoder_norm_types' is ['rms_norm', 'batch"),
         ({"decoder_act_fns": "relu"}, "key 'decoder_act_fns' is 'relu'; expected 'silu' or ['silu', 'silu', 'silu']"),
