@@ -68,7 +68,7 @@ def main(argv, life):
     token_generator = torch.Generator().manual_seed(args.seed)
     policy, codec, reference = open_policy(args, generator)
     problems, held_out, reward, judge = open_task(args, policy, codec)
-    rolled = open_engine(args.rollouts) if args.rollouts else roll_out
+    rolled = open_engine(args.rollouts, args.group_size, problems) if args.rollouts else roll_out
     optimizer = torch.optim.AdamW(trained(policy), args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay)
     ema = MovingAverage(trained(policy), args.ema)
     out = run.claim(args.out, "runs/grpo", options.saved(args), life)

@@ -59,10 +59,12 @@ class TextCodec:
         self.prompts |= zip(new, self.template([conversation(question, self.system) for question in new]) if new else ())
         return [self.prompts[question] for question in questions]
 
-    def decode(self, ids, mask):
-        """Completions ids [N, C] under their mask [N, C] -> N texts, without special tokens such as the eos. A text ends before
-        the first of the stop texts, as vLLM's does; the mask holds the tokens that it stands in."""
+    def decode(self, ids, mask, cut=True):
+        """Completions ids [N, C] under their mask [N, C] -> N texts, without special tokens such as the eos. With `cut` a text
+        ends before the first of the stop texts, as vLLM's does; the mask holds the tokens that it stands in."""
         texts = decode(self.tokenizer, ids, mask)
+        if not cut:
+            return texts
         return [text[: min([text.find(stop) for stop in self.stop if stop in text], default=None)] for text in texts]
 
     def stopped(self, ids):

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from nano_adrpo import files
 from nano_adrpo.errors import InputError
 from nano_adrpo.language.rollout import Rollout, texts_of
-from nano_adrpo.rewards import function
+from nano_adrpo.rewards import function, its_own
 
 
-def open_engine(spec):
-    """--rollouts -> a function with rollout.roll_out's arguments.
+def open_engine(spec, group_size, problems=()):
+    """--rollouts -> a function with rollout.roll_out's arguments, whose problems stand in groups of `group_size`.
 
     FILE.jsonl          objects with "question" and a completion, see `tokens`. Of a group's question as many are taken as the
-                        group has samples, drawn without repetition
+                        group has samples, drawn without repetition; each of `problems` must have so many
     FILE.py:FUNCTION    a function (prompts, problems, policy, max_new_tokens, temperature) -> N completions, of N prompts.
                         Prompts are lists of ids, those of a group equal and side by side. `policy` is the model as it is now,
                         whose weights the engine needs; problems[i].row is the problem's line in --problems
@@ -30,12 +30,17 @@ def open_engine(spec):
         ask = function(spec).__wrapped__  # without the copies of its arguments that a reward gets: the policy is large
 
         def complete(prompts, problems, policy, numbers, *options):
-            return ask(prompts, problems, policy, *options)
+            with its_own(spec):
+                return ask(prompts, problems, policy, *options)
     else:
         stored = read(spec)
+        for question in map(asked, problems):
+            if (count := len(stored.get(question, []))) < group_size:
+                found = f"{count} completions of the question {question[:60]!r}"
+                raise InputError(f"{spec}: {found}; expected {group_size} or more, the group's size")
 
         def complete(prompts, problems, policy, numbers, *options):
-            return taken(stored, problems, numbers, spec)
+            return taken(stored, problems, numbers, group_size)
 
     def roll_out(model, codec, problems, max_new_tokens, longest, numbers, temperature=1.0, steps=None):
         device = model.model.embed_tokens.weight.device
@@ -67,7 +72,8 @@ def open_engine(spec):
 
 def tokens(given, codec, longest, where):
     """One completion, {"ids": […]} or {"text": …} and with ids maybe {"logprobs": […]}, in nats, of the same tokens -> ids [C],
-    and logprobs [C] or None. The end token belongs to it where the engine drew it; a text gets one."""
+    and logprobs [C] or None. The end token belongs to it where the engine drew it; a text gets one. What stands behind the
+    first end, such as padding, is left out."""
     if not isinstance(given, dict) or not ({"ids", "text"} & given.keys()):
         raise InputError(f"{where}: expected an object with 'ids' or 'text'")
     ids, logp = given.get("ids"), given.get("logprobs")
@@ -79,7 +85,13 @@ def tokens(given, codec, longest, where):
         raise InputError(f"{where}: expected 'ids' to be 1 … {longest} numbers below the vocabulary's {codec.size}")
     if logp is not None and not (isinstance(logp, list) and len(logp) == len(ids) and all(map(nats, logp))):
         raise InputError(f"{where}: expected 'logprobs' to be {len(ids)} finite numbers, none above 0")
-    return torch.tensor(ids), None if logp is None else torch.tensor(logp, dtype=torch.float32)
+    end = next((place for place in range(1, len(ids)) if ended(ids[:place], codec)), len(ids))
+    return torch.tensor(ids[:end]), None if logp is None else torch.tensor(logp[:end], dtype=torch.float32)
+
+
+def ended(ids, codec):
+    """Whether a completion is over with its newest token."""
+    return ids[-1] in codec.eos or bool(codec.ended and codec.ended(torch.tensor([ids])))
 
 
 def nats(value):
@@ -101,18 +113,10 @@ def asked(problem):
     return problem.row.get("question", problem.row.get("prompt"))
 
 
-def taken(stored, problems, numbers, file):
+def taken(stored, problems, numbers, group_size):
     """A stored completion for each problem; `numbers` [N, …], of its rows, draw which."""
-    found, start = [], 0
-    while start < len(problems):
-        question = asked(problems[start])
-        end = next((row for row in range(start, len(problems)) if asked(problems[row]) != question), len(problems))
-        some = stored.get(question, [])
-        if len(some) < end - start:
-            raise InputError(
-                f"{file}: {len(some)} completions of the question {question[:60]!r}; expected {end - start} or more"
-            )
-        generator = torch.Generator().manual_seed(int(numbers[start, 0] * 2**53))
-        found += [some[index] for index in torch.randperm(len(some), generator=generator)[: end - start].tolist()]
-        start = end
+    found = []
+    for start in range(0, len(problems), group_size):
+        some, generator = stored[asked(problems[start])], torch.Generator().manual_seed(int(numbers[start, 0] * 2**53))
+        found += [some[index] for index in torch.randperm(len(some), generator=generator)[:group_size].tolist()]
     return found

@@ -62,7 +62,8 @@ def roll_out(model, codec, problems, max_new_tokens, longest, generator=None, **
 
 def texts_of(codec, prompts, prompt_mask, completions, mask):
     """Completions as texts, with "<think>" in front where the prompt opened a thought."""
-    ends, texts = codec.decode(prompts[:, -8:], prompt_mask[:, -8:]), codec.decode(completions, mask)
+    ends = codec.decode(prompts[:, -8:], prompt_mask[:, -8:], cut=False)  # a stop text in the prompt stops nothing
+    texts = codec.decode(completions, mask)
     return ["<think>" * end.rstrip().endswith("<think>") + text for end, text in zip(ends, texts)]
 
 

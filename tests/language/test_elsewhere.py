@@ -70,18 +70,45 @@ def test_a_file_of_completions(few, tmp_path, capsys, base):  # noqa: F811
     rows = [{"question": q, "text": f"{q}{n}"} for q in questions for n in range(6)]
     file.write_text("\n".join(map(json.dumps, rows)))
     assert "loss" in lines(few("file", "--rollouts", file))[-1]
-    file.write_text("\n".join(map(json.dumps, rows[:3])))
+    file.write_text("\n".join(map(json.dumps, [row for row in rows if row["question"] != questions[3]] + rows[-3:])))
     line = scripts.refused(capsys, lambda: few("short", "--rollouts", file))
-    assert "completions of the question" in line and "expected 4 or more" in line
+    assert f"{file}: 3 completions of the question '88+13='; expected 4 or more, the group's size" in line
+    assert not (tmp_path / "short").exists()  # before the first round, whatever it draws
     numbers = torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     file.write_text("\n".join(map(json.dumps, rows)))
     problems = [Problem(q, row={"question": q}) for q in questions[:2] for _ in range(2)]
-    rolled = open_engine(str(file))(policy, codec, problems, 20, 50, numbers)
+    rolled = open_engine(str(file), 2)(policy, codec, problems, 20, 50, numbers)
     assert all(text.startswith(problem.question) for text, problem in zip(rolled.texts, problems))
     assert len(set(rolled.texts)) == 4 and rolled.logp is None
-    halves = [open_engine(str(file))(policy, codec, problems[i : i + 2], 20, 50, numbers[i : i + 2]) for i in (0, 2)]
+    halves = [open_engine(str(file), 2)(policy, codec, problems[i : i + 2], 20, 50, numbers[i : i + 2]) for i in (0, 2)]
     assert [text for half in halves for text in half.texts] == rolled.texts  # however rows are shared out
     assert torch.isin(rolled.ids[:, -1], torch.tensor(codec.eos)).all() and rolled.mask.sum(dim=1).min() > 3
+    problems = [Problem(questions[0], row={"question": questions[0]})] * 8  # drawn twice in a row: two groups, of 6 completions
+    texts = open_engine(str(file), 4, problems)(policy, codec, problems, 20, 50, torch.rand(8, 3, dtype=torch.float64)).texts
+    assert len(set(texts[:4])) == len(set(texts[4:])) == 4
+
+
+def test_what_stands_behind_the_end_is_left_out(tmp_path, base):
+    policy, codec = base
+    end, ids = codec.eos[0], codec.tokenizer.encode("123945", add_special_tokens=False).ids
+    for stop, given, kept in (
+        ([], [*ids, end, end, ids[0]], [*ids, end]),  # padded, as a batch engine may
+        (["9"], [*ids, end], ids[:4]),
+        (["39"], [*ids, end], ids[:4]),
+        ([], ids, ids),
+    ):
+        says = {"ids": given, "logprobs": [-float(i) for i in range(len(given))]}
+        (tmp_path / "engine.py").write_text(f"def say(*given):\n    return [{says}]\n")
+        stopping = TextCodec(policy, stop=stop)
+        rolled = open_engine(f"{tmp_path}/engine.py:say", 1)(policy, stopping, [Problem("1+1=")], 9, 50, torch.zeros(1, 9))
+        assert rolled.ids[0, -rolled.mask.shape[1] :].tolist() == kept and rolled.mask.all()
+        assert rolled.logp.tolist() == [[-float(i) for i in range(len(kept))]]
+
+
+def test_an_engine_that_exits_is_an_error(tmp_path, base):
+    (tmp_path / "engine.py").write_text("import sys\ndef say(*given):\n    sys.exit(0)\n")
+    with pytest.raises(RuntimeError, match=r"engine.py:say called sys.exit\(0\)"):
+        open_engine(f"{tmp_path}/engine.py:say", 1)(*base, [Problem("1+1=")], 5, 50, torch.zeros(1, 5))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +129,7 @@ def test_a_file_of_completions(few, tmp_path, capsys, base):  # noqa: F811
 )
 def test_what_does_not_fit_is_named(tmp_path, base, given, message):
     (tmp_path / "engine.py").write_text(f"def say(*given):\n    return {given}\n")
-    roll_out = open_engine(f"{tmp_path}/engine.py:say")
+    roll_out = open_engine(f"{tmp_path}/engine.py:say", 1)
     with pytest.raises(ValueError, match="engine.py:say.* ") as error:
         roll_out(*base, [Problem("1+1=")], 5, 50, torch.zeros(1, 5))
     assert message in str(error.value)

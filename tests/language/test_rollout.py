@@ -23,7 +23,7 @@ class Letters:
     def clips(self, prompts):
         return None
 
-    def decode(self, ids, mask):
+    def decode(self, ids, mask, cut=True):
         return ["".join(chr(index) for index in row[keep.bool()]) for row, keep in zip(ids, mask)]
 
 
@@ -43,6 +43,15 @@ def test_a_thought_that_the_prompt_opens_is_part_of_the_text(completion, right):
     assert rollout.texts == ["<think>" + completion, completion, completion]
     assert exact_answer(rollout.texts[0], 42) == right
     assert Letters().decode(rollout.ids, rollout.seen)[2] == "<think></think>\n\nb" + completion
+
+
+def test_a_stop_text_in_the_prompt_hides_no_thought():
+    class Stopping(Letters):
+        def decode(self, ids, mask, cut=True):
+            return [text.partition("k>")[0] if cut else text for text in super().decode(ids, mask)]
+
+    rollout = roll_out(model("ok>42"), Stopping(), [Problem("2+40<think>\n")], 20, 100, temperature=1.0)
+    assert rollout.texts == ["<think>o"]
 
 
 @pytest.mark.parametrize("padded", [False, True])
