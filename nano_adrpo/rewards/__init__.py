@@ -142,27 +142,33 @@ def weighted(spec):
 
 def function(spec):
     """FILE.py:FUNCTION -> the function. It is called with copies, so that it cannot change what is trained on. Runs the file.
-    An exception in it, or later in the function, passes through; sys.exit() becomes a RuntimeError."""
+    An exception in it, or later in the function, passes through, see `its_own`."""
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
         raise MissingFile(f"{file}: no such file; expected one with the function {name!r}")
-    with no_exit(file):
+    open(file, "rb").close()  # one that cannot be read is no fault in it
+    with its_own(file):
         found = runpy.run_path(file).get(name)
     if not callable(found):
         raise InputError(f"{file}: no function {name!r} in it")
 
     @functools.wraps(found)
     def call(*given, **by_name):
-        with no_exit(spec):
+        with its_own(spec):
             return found(*copy.deepcopy(given), **copy.deepcopy(by_name))
 
     return call
 
 
 @contextlib.contextmanager
-def no_exit(what):
-    """sys.exit() inside is an error: it would end training as if all were well."""
+def its_own(what):
+    """What fails inside is the fault of a user's code and keeps its traceback: sys.exit(), which would end training as if all
+    were well, and an OSError, which would look like one of ours, become a RuntimeError."""
     try:
         yield
     except SystemExit as end:
         raise RuntimeError(f"{what} called sys.exit({end.code!r})") from end
+    except InputError:
+        raise
+    except OSError as error:
+        raise RuntimeError(f"{what}: {error}") from error

@@ -11,9 +11,11 @@ import re
 from fractions import Fraction
 from numbers import Rational
 
+GOES_ON = "(?:分之|[十百千万萬亿億兆半多几幾点點만억천백십])"  # numerals behind digits
+HAN = f"(?!{GOES_ON})[一-鿿가-힣]"  # that begins a unit
 LETTER, DECIMAL = r"[^\W\d_]", r"(?:\d+(?:\.\d+)?|\.\d+)"
 DRESSING = [  # (what, what it becomes), in this order
-    (r"\\(?:text|math)\w*\s*\{|\\[,;: ]|~|[^\S\n]", " "),  # fonts, spaces
+    (r"\\(?:text|math|mbox)\w*\s*\{|\\(?:left|right)(?![a-zA-Z])|\\[,;: ]|~|[^\S\n]", " "),  # fonts, spaces
     (r"(?<![\w)}\]*_`])[*_`]++(?=\S)|(?<=[^\s*_`])[*_`]++(?![\w({])", ""),  # emphasis: no operand stands beside it
     (r"(?<=\d)\s*(?=\\[dtc]?frac)", " "),  # one and a half, 1\frac12, is not 11/2
     (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"\1\2/\3\4"),
@@ -28,12 +30,13 @@ NUMBER = re.compile(
     rf"(?P<sign>[-−–+]?)(?:(?P<whole>\d+)\s+(?=\d+\s*/))?(?P<over>{DECIMAL})"
     rf"(?:\s*/\s*(?P<under>{DECIMAL})|(?:[eE]|\s*(?:\\times|\\cdot|[x×·*])\s*10\s*\^\s*)(?P<power>[-−–+]?\d{{1,3}}))?"
     rf"\s*(?:%|°\s?[CF]?)?"  # then a unit or a word, and what is no part of a formula; a letter right behind is one
-    rf"(?:(?:[ckm]m|[km]g|m[lL]|ft|lbs?|oz|hrs?|[ap]m|/{LETTER}{{3}}|\s+(?:[mgshlL](?!\w)|{LETTER}{{2}}))(?:[^\d\\*^+=<>±]|\^-?\d)*)?"
+    rf"(?:(?:[ckm]m|[km]g|m[lL]|ft|lbs?|oz|hrs?|(?:min|sec)s?(?!\w)|[ap]m|/(?:{LETTER}{{3}}|hr|kg|km|lb)|{HAN}"
+    rf"|\s+(?:[mgshlL](?!\w)|{LETTER}{{2}}))(?:[^\d\\*^+=<>±]|\^-?\d)*)?"
 )
 # What stands between the formulas of a text: words that nothing ties to a number, and the ends of sentences.
 TIED = r"(?!(?:minus|negative|plus|times)\b|(?<=\d )(?:and|or)\b)"
 PROSE = re.compile(
-    rf"[、-鿿가-힣，：；！（）]+|(?<![\w\\/])(?:{TIED}{LETTER}{{2,}}+\w*+(?![-+/^(])|[aAI](?=\s))"
+    rf"(?!(?<=\d){GOES_ON})[、-鿿가-힣，：；！（）]+|(?<![\w\\/])(?:{TIED}{LETTER}{{2,}}+\w*+(?![-+/^(])|[aAI](?=\s))"
     rf"|(?<={LETTER}):|[.!?;](?=\s|$)|\n"
 )
 
@@ -113,7 +116,7 @@ def stated_answer(text):
 def number(text):
     """The Fraction that an undressed text such as "x = 1234.50 dollars" states; None where it is no plain number."""
     before, _, text = text.rpartition("=")
-    match = NUMBER.fullmatch(text.strip(" \n\"'“”‘’()[]#:;,").rstrip(". ")) if len(text) < 1000 else None
+    match = NUMBER.fullmatch(text.strip(" \n\"'“”‘’()[]#:;,。，；：！").rstrip(". ")) if len(text) < 1000 else None
     if not match or re.search(rf"[<>≤≥≠!,;]|=[^=]*{LETTER}{{2}}", before.lstrip(" ,")):  # x > = 5; x = 2 or x = 5
         return None
     over, under, power = match["over"], match["under"] or "1", re.sub("[−–]", "-", match["power"] or "0")

@@ -124,6 +124,11 @@ def test_what_a_users_code_raises_keeps_its_traceback(tmp_path):
     assert error.traceback[-1].path.name == "mine.py" and error.traceback[-1].lineno == 2  # counted from 0
     with pytest.raises(NameError):
         function(f"{own(tmp_path, 'pass', 'f(x=y)')}:f")
+    # A file of its own that is missing, or a server that does not answer, is no wrong option of ours.
+    for raised in ("open('no-such-table')", "raise TimeoutError('no answer')"):
+        with pytest.raises(RuntimeError, match=r"mine\.py:f: .*(no-such-table|no answer)") as error:
+            rewards(f"{own(tmp_path, raised)}:f")(TEXTS, PROMPTS)
+        assert traceback.extract_tb(error.value.__cause__.__traceback__)[-1].filename == str(tmp_path / "mine.py")
 
 
 def test_a_users_function_gets_copies(tmp_path):
