@@ -192,7 +192,7 @@ def policy_loss(
     # Values at padding are undefined: they become 0 before exp can overflow.
     logp, old_logp, ref_logp = (_float(x).masked_fill(~mask, 0) for x in (logp, old_logp.detach(), ref_logp.detach()))
     ref_logp = torch.where(beta == 0, logp.detach(), ref_logp)  # β = 0: no KL, even where it would overflow (0 · inf is NaN)
-    ratio = (logp - old_logp).exp()  # [N, T]
+    ratio = (logp - old_logp).clamp(max=80).exp()  # [N, T]; beyond e^80 exp would overflow, and 0 · inf is NaN
     gradient_term = -torch.minimum(A * ratio, A * ratio.clamp(1 - clip_eps, 1 + clip_eps))
     loss = (gradient_term + beta * kl_divergence(logp, ref_logp, kl)) * mask  # [N, T]
     if average == "tokens":

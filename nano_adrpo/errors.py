@@ -8,6 +8,7 @@ Names and texts from files may hold anything, such as codes that move a terminal
 
 import argparse
 import contextlib
+import re
 import sys
 import unicodedata
 
@@ -68,6 +69,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own knows no -1e-3
 
     def error(self, message):
         print(f"error: {shown(message)}", file=sys.stderr)

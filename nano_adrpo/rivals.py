@@ -36,6 +36,7 @@ def uncertainty_gate(rewards, auxiliary, beta0, share=0.1):
 
     Raises InputError without an auxiliary reward.
     """
+    rewards = rewards.float()
     if not len(auxiliary):
         raise InputError("no auxiliary rewards; expected at least one, since uncertainty is its disagreement with the reward")
     U = _win_rate(rewards) - torch.stack([_win_rate(other.to(rewards)) for other in auxiliary]).mean(dim=0)
@@ -61,6 +62,7 @@ def accuracy_beta(rewards, beta0):
 
     Raises InputError for a reward outside [0, 1].
     """
+    rewards = rewards.float()
     if rewards.min() < 0 or rewards.max() > 1:
         found = f"{rewards.min():g} … {rewards.max():g}"
         raise InputError(f"rewards are {found}; expected 0 … 1, right or wrong, since β follows from their mean, the accuracy")

@@ -176,6 +176,14 @@ def test_padding_gets_no_gradient_and_an_empty_completion_counts_as_zero():
     assert torch.isfinite(loss) and logp.grad[mask == 0].abs().max() == 0 and (logp.grad[mask == 1] != 0).any()
 
 
+@pytest.mark.parametrize("advantage, loss", [(1.0, -1.2), (0.0, 0.0)])
+def test_a_ratio_that_would_overflow_is_clipped_and_has_no_gradient(advantage, loss):
+    logp, old = torch.tensor([[-1.0]], requires_grad=True), torch.tensor([[-100.0]])
+    found = adrpo.policy_loss(logp, old, old, torch.ones(1, 1), torch.tensor([advantage]), 0.0)
+    found.backward()
+    assert found.item() == pytest.approx(loss) and logp.grad.item() == 0
+
+
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_policy_gradients_agree_with_finite_differences(kl):
     logp, old, ref, mask, advantages = tokens()

@@ -34,6 +34,8 @@ def test_only_the_order_counts_and_ties_count_half():
     R, other = [0.0, 1.0, 5.0, 9.0], [3.0, -8.0, 4.0, 2.0]
     assert gate([x**3 - 7 for x in R], [x / 100 for x in other], share=0.5) == gate(R, other, share=0.5)
     assert gate(R, R) == [0] * 4  # agreement
+    assert gate([0, 1, 5, 9], [3, -8, 4, 2], share=0.25) == gate(R, other, share=0.25)
+    assert gate([False, False, True, True], [False] * 4, share=0.25) == [0, 0, 2, 2]
     assert gate([0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], share=0.25) == [0, 0, 2, 2]  # equal U at the edge
 
 
@@ -52,6 +54,8 @@ def test_beta_follows_the_accuracy(right, beta):
 
 def test_rewards_that_are_no_accuracy_are_refused():
     assert rivals.accuracy_beta(torch.tensor([0.25, 0.75]), 0.3) == pytest.approx(0.3)
+    for right in ([1, 0, 1, 1], [True, False, True, True]):
+        assert rivals.accuracy_beta(torch.tensor(right), 0.3) == pytest.approx(0.3 * (1 + 0.5**0.5))
     for rewards in ([0.0, 2.0], [-0.1, 1.0]):
         with pytest.raises(InputError, match="expected 0 … 1, right or wrong"):
             rivals.accuracy_beta(torch.tensor(rewards), 0.3)

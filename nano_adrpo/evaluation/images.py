@@ -8,6 +8,7 @@ judge's metrics. Sample n belongs to prompt n // samples: those of one prompt ar
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from nano_adrpo import metrics
@@ -146,7 +147,7 @@ def score(
         values = {}
         if embeddings is not None:
             values["clip_diversity"] = metrics.clip_diversity(embeddings, samples, normalize)
-        if real is not None:
+        if real is not None and len(images) > 1:
             values["clip_frechet"] = metrics.clip_frechet(embeddings, real, normalize)
         values["pixel_diversity"] = metrics.group_diversity(images.flatten(1) / images[0].numel() ** 0.5, samples)
         deviations = [group.std() for group in groups if len(group) > 1]
@@ -155,6 +156,7 @@ def score(
         if w2 is not None:
             values["w2"] = w2
         judged = judge(images, prompts) if judge else {}
+    judged = {name: torch.as_tensor(x) if isinstance(x, list | np.ndarray) else x for name, x in judged.items()}
     per_sample = {name: x.float().cpu() for name, x in judged.items() if torch.is_tensor(x) and x.shape == (len(images),)}
     measured |= per_sample
     counts, first = [len(group) for group in groups], next(iter(judged), None)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import math
 import textwrap
 from pathlib import Path
 
@@ -88,15 +89,15 @@ def curves(file, metrics_file, diversity):
     if not (plt := pyplot(file)):
         return
     rows = [row for row in read(metrics_file) if "eval" in row]
-    names = [name for name in rows[0]["eval"] if "/" not in name]  # those of a category or a share are too many
+    # Those of a category or a share are too many. A judge may leave a metric out of some evaluations.
+    names = [name for name in dict.fromkeys(name for row in rows for name in row["eval"]) if "/" not in name]
     columns = (len(names) + 2) // 2
     figure, axes = plt.subplots(2, columns, figsize=(3 * columns, 6), layout="constrained")
     for axis, name in zip(axes.flat, names):
-        axis.plot([row["round"] for row in rows], [row["eval"][name] for row in rows], marker=".", label="held-out")
-        if name in rows[0].get("eval_train", {}):
-            axis.plot(
-                [row["round"] for row in rows], [row["eval_train"][name] for row in rows], "--", color="C0", label="training"
-            )
+        rounds = [row["round"] for row in rows]
+        axis.plot(rounds, [row["eval"].get(name, math.nan) for row in rows], marker=".", label="held-out")
+        if "eval_train" in rows[0]:
+            axis.plot(rounds, [row["eval_train"].get(name, math.nan) for row in rows], "--", color="C0", label="training")
         axis.set_title(NAMES.get(name, name.replace("_", " ")), fontsize=10)
         axis.set_xlabel("round", fontsize=8)
         axis.set_ylabel(MEANING.get(name, "").replace(", ", "\n"), fontsize=8)
@@ -125,7 +126,7 @@ def shares(file, metrics_file):
         for i in range(n)
     ]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    areas = [[row["eval"][name] for row in rows] for name in names]
+    areas = [[row["eval"].get(name, 0) for row in rows] for name in names]
     axis.stackplot([row["round"] for row in rows], areas, colors=tones, labels=[name.replace("/", ": ") for name in names])
     axis.set(
         xlabel="round",

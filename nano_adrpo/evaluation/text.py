@@ -68,7 +68,8 @@ def evaluate(
     measured["length"] = lengths, alike
     values = {name: numbers.mean().item() for name, (numbers, _) in measured.items()}
     errors = {name: metrics.clustered_error(*each) for name, each in measured.items()} if len(problems) > 1 else {}
-    return values | (judge(texts, asked) if judge else {}), errors, texts
+    judged = {name: float(value) for name, value in judge(texts, asked).items()} if judge else {}
+    return values | judged, errors, texts
 
 
 def reward_name(term):

@@ -127,8 +127,9 @@ def cached(file, prompts, negative_prompt, path, dtype=None, device=None, base=N
     wanted = fingerprint(Release(path, base, family), settings)
     found = read_conditions(file, wanted)
     if found is None:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)  # fails before the encoders are loaded, not after
+        files.check_writable(Path(file).parent)  # before the encoders are loaded, not after
         found = encode()
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         tensors = {prefix + name: x for prefix, some in zip(PREFIXES, found) for name, x in some.tensors().items()}
         safetensors.save(file, {**tensors, "fingerprint": sealed(wanted, tensors)})
     return found

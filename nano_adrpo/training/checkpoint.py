@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from nano_adrpo import files
-from nano_adrpo.errors import InputError, NotWritten, writing
+from nano_adrpo.errors import InputError, NotWritten, about, writing
 from nano_adrpo.files import safetensors, values
 from nano_adrpo.training import distributed, options, sharding
 from nano_adrpo.training.life import refuse_used
@@ -53,6 +53,8 @@ def begin(args, life, **start):
 
 def find(args, life, start):
     refuse_used(args.out, args.resume)
+    with about("--out"):
+        files.check_writable(args.out or "runs")
     config = json.loads(json.dumps(options.saved(args)))
     memory = {"round": -1, "skipped": 0, "logs": {}, "config": config, "inputs": fingerprints(args)}
     memory |= {"torch": torch.__version__, **start}

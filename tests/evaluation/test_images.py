@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,6 +99,9 @@ def test_the_judges_first_metric_says_which_images_are_right():
     assert list(values) == ["reward", "pixel_diversity", "reward_std", "good", "level", "number"]
     (values, _, _, right, _), _ = evaluate(lambda drawn, prompts: {"number": 1, "good": torch.ones(8)})
     assert right is None and values["number"] == values["good"] == 1
+    for alike in ([True] * 6 + [False] * 2, np.array([1.0] * 6 + [0.0] * 2)):  # as rewards may be
+        (values, errors, _, right, _), _ = evaluate(lambda drawn, prompts: {"good": alike, "one": np.float32(0.5)})
+        assert values["good"] == 0.75 and values["one"] == 0.5 and right.tolist() == [True] * 6 + [False] * 2
 
 
 def test_some_of_the_prompts_and_their_categories():
@@ -117,26 +121,27 @@ def test_evenly_spaced_rows():
     assert images.evenly(40, 10) == [0, 4, 8, 13, 17, 21, 26, 30, 34, 39]
 
 
+class Clip(torch.nn.Module):
+    moves = ()
+
+    def forward(self, samples, prompts):
+        return torch.zeros(len(prompts))
+
+    def embed_images(self, samples):
+        return torch.tensor([[1.0, 0.0], [0.0, 3.0]])[: len(samples)]
+
+    def to(self, device):
+        self.moves = [*self.moves, device]
+        return self
+
+
 def test_embeddings_give_a_diversity_and_the_reward_is_moved():
     """Two embeddings at a right angle, of lengths 1 and 3: normalised their distance is √2, else √10."""
-    embeddings, moves = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), []
-
-    class Clip(torch.nn.Module):
-        def forward(self, samples, prompts):
-            return torch.zeros(len(prompts))
-
-        def embed_images(self, samples):
-            return embeddings
-
-        def to(self, device):
-            moves.append(device)
-            return self
-
-    reward = Rewards({"clip": (Clip(), 1.0)})
+    reward = Rewards({"clip": (clip := Clip(), 1.0)})
     for normalize, distance in ((True, 2**0.5), (False, 10**0.5)):
         values, _, _ = images.score(torch.zeros(2, 1, 2, 2), ["a", "a"], 2, reward, None, "cpu", normalize=normalize)
         assert values["clip_diversity"] == pytest.approx(distance)
-    assert moves == ["cpu"] * 4
+    assert clip.moves == ["cpu"] * 4
 
 
 def test_scores_are_in_float32_inside_autocast():
@@ -155,3 +160,9 @@ def test_scores_are_in_float32_inside_autocast():
 def test_one_sample_a_prompt_has_no_diversity():
     values, _, _ = images.score(torch.zeros(2, 1, 2, 2), ["a", "b"], 1, Rewards({"bright": (bright, 1.0)}), None, "cpu")
     assert values["reward"] == 0 and math.isnan(values["pixel_diversity"])
+
+
+def test_one_image_alone_has_no_frechet_distance():
+    reward = Rewards({"clip": (Clip(), 1.0)})
+    values, _, _ = images.score(torch.zeros(1, 1, 2, 2), ["a"], 1, reward, None, "cpu", real=torch.eye(2))
+    assert "clip_frechet" not in values

@@ -57,6 +57,15 @@ def test_curves_have_a_panel_per_metric_that_says_which_way_is_better(tmp_path, 
     )  # fmt: skip
 
 
+def test_a_metric_that_some_evaluations_lack_has_a_gap(tmp_path, figures):
+    found = [{"reward": 0}, {"reward": 1, "right_length": 7}, {"reward": 2}]
+    rows = [{"round": n, "eval": {"w2": 0, **each}, "eval_train": {"w2": 0, **each}} for n, each in enumerate(found)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plots.curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl", "w2")
+    panel = next(axis for axis in figures[0].axes if axis.get_title() == "right length")
+    assert [line.get_ydata()[1] for line in panel.lines] == [7, 7] and all(y != y for y in panel.lines[0].get_ydata()[::2])
+
+
 def test_curves_tell_training_from_held_out_prompts(tmp_path, figures):
     rows = [{"round": n, "eval": {"reward": n, "joint/binding": 1}, "eval_train": {"reward": n + 1}} for n in (0, 5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -10,7 +11,7 @@ import tiny_sd3
 import torch
 from safetensors.torch import load_file, save_file
 
-from nano_adrpo.errors import InputError, MissingFile
+from nano_adrpo.errors import InputError, MissingFile, NotWritten
 from nano_adrpo.models.mmdit import MMDiT
 from nano_adrpo.text_to_image.prompts import cached, read_prompts, read_rows
 from nano_adrpo.text_to_image.sd3 import PromptEncoder
@@ -120,6 +121,14 @@ def test_embeddings_are_the_encoders_and_the_negative_prompts_stand_apart(folder
     condition, negative = cached(file, PROMPTS, "blurry", folder, torch.bfloat16, t5="zeros")
     assert same(condition, expected[:3]) and same(negative, expected[3:]) and condition.context.dtype == torch.bfloat16
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_place_that_cannot_be_written_to_is_noticed_before_anything_is_encoded(folder, tmp_path, monkeypatch):
+    no_encoder(monkeypatch)
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "prompts.safetensors", Path("/proc/none/prompts.safetensors")):
+        with pytest.raises(NotWritten, match=f"^{place.parent}: cannot be written"):
+            cached(place, PROMPTS, "", folder, t5="zeros")
 
 
 def test_the_transformer_stays_on_disk(folder, monkeypatch):

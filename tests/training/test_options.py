@@ -78,6 +78,13 @@ def test_the_types_of_options():
                 kind(text)
 
 
+@pytest.mark.parametrize("text", ["-1", "-.5", "-4e-2", "-1E+3", "-2.e1"])
+def test_a_negative_number_is_no_option(text):
+    parser = Parser("")
+    parser.add_argument_group("numbers").add_argument("--low", type=options.finite)
+    assert parser.parse_args(["--low", text]).low == float(text)
+
+
 def test_sizes_and_ranges_are_checked():
     options.divides("--x", 4, 16, "samples")
     with pytest.raises(InputError, match="--x 5 does not divide the 16 samples"):
