@@ -146,7 +146,9 @@ def draw_texts(args, texts, sounds):
     new = args.max_new_tokens or min(256, positions // 2)
     if new >= positions:
         raise InputError(f"--max-new-tokens {new}: expected less than the model's {positions} positions")
-    prompts = [each for each in (zip(texts, sounds) if hears else texts) for _ in range(args.count)]
+    asked = [*zip(texts, sounds)] if hears else texts
+    codec.encode(asked, positions - new)  # one that does not fit is told before anything is generated
+    prompts = [each for each in asked for _ in range(args.count)]
     generator, completions = torch.Generator(args.device).manual_seed(args.seed), []
     for start in range(0, len(prompts), args.batch):
         some = prompts[start : start + args.batch]

@@ -139,6 +139,13 @@ def test_text_is_the_decoders(capsys, tmp_path):
     assert capsys.readouterr().out == f"> 12+39=\n{text}\n\n"
 
 
+def test_a_prompt_that_is_too_long_is_told_before_anything_is_generated(tmp_path, monkeypatch):
+    monkeypatch.setattr(Decoder, "generate", lambda *_: pytest.fail("work has begun"))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "%s"}\n' % ("1" * 99))
+    with pytest.raises(ValueError, match="prompt 1 has 99 tokens; expected 1 … 42"):
+        run("--model", ADDER, "--prompts", tmp_path / "p.jsonl", "--batch", 1, "--max-new-tokens", 22, "--count", 2)
+
+
 def test_text_goes_into_a_file_with_its_rows(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"question": "12+39=", "answer": "51"}\n{"question": "45+18=", "category": "b"}\n')
     options = ["--model", ADDER, "--prompts", tmp_path / "p.jsonl", "--max-new-tokens", 22, "--count", 2]

@@ -121,7 +121,9 @@ def default_template(small):
 def tokenizer_of(model):
     """The tokenizers.Tokenizer in a model's folder. Raises InputError where there is none."""
     if "tokenizer.json" in model.files:
-        return tokenizers.open_tokenizer(model.files["tokenizer.json"], "tokenizer.json")
+        tokenizer = tokenizers.open_tokenizer(model.files["tokenizer.json"], "tokenizer.json")
+        tokenizers.mark_special(tokenizer, tokenizers.settings(model.files), "tokenizer.json")
+        return tokenizer
     if {"vocab.json", "merges.txt"} <= model.files.keys():
         return tokenizers.byte_pairs(model.files, model.config.model_type)
     raise InputError("the model's folder has no tokenizer.json, nor vocab.json and merges.txt")

@@ -134,7 +134,8 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     tensor([[0.0000, 0.3333, 0.6667, 0.0000]])
     """
     if temperature == 0:
-        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+        largest = logits.float().amax(dim=-1, keepdim=True)  # times 0 it is NaN where a softmax would be
+        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]) + 0 * largest
     probs = (logits.float() / temperature).softmax(dim=-1)
     if not top_k and top_p == 1:
         return probs

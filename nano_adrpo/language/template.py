@@ -59,7 +59,7 @@ def write(template, messages, values):
     for message in shown:
         thought = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
         message |= {} if thought is None else {"thinking": thought} | message | {"reasoning_content": thought}
-    return template.render(messages=shown, tools=None, documents=None, **values)
+    return template.render(messages=shown, **{"tools": None, "documents": None, **values})
 
 
 def environment():

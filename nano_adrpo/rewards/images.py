@@ -10,7 +10,7 @@ higher is better.
 | blip_itm | the probability, by BLIP's cross-attention, that the prompt describes the image | blip-itm-base-coco |
 | image_reward | a score of people's preferences on BLIP (Xu et al. 2023, 2304.05977) | ImageReward |
 
-A folder is the public release: transformers' layout with the tokenizer's files and preprocessor_config.json. For aesthetic it
+A folder is the public release: transformers' layout with the files of tokenizer and processor. For aesthetic it
 also holds aesthetic.safetensors; for image_reward it holds ImageReward.safetensors, med_config.json and bert-base-uncased's
 vocab.txt or tokenizer.json. Two of the releases are pickles and are converted once:
 
@@ -164,10 +164,14 @@ class ImageReward(ImageModel):
 
 
 def normalisation(path, channels, side, crop):
-    """-> mean and deviation per channel from preprocessor_config.json. Raises InputError where it asks for other pixels than
-    those of ImageModel: bicubic, of `side`, normalised."""
-    where = Path(path) / "preprocessor_config.json"
-    values = files.read_json(where)
+    """-> mean and deviation per channel from preprocessor_config.json or, as transformers 5 writes it, from a section of
+    processor_config.json. Raises InputError where it asks for other pixels than those of ImageModel: bicubic, of `side`,
+    normalised."""
+    where, newer = Path(path) / "preprocessor_config.json", Path(path) / "processor_config.json"
+    if not where.is_file() and newer.is_file():
+        where, values = newer, config.section(files.read_json(newer), "image_processor", newer)
+    else:
+        values = files.read_json(where)
     if not {"image_mean", "image_std"} <= values.keys():
         raise InputError(f"{where}: keys 'image_mean' and 'image_std' are missing; expected a number per channel each")
     for key, least, kind in (("image_mean", -math.inf, "numbers"), ("image_std", 0, "positive numbers")):

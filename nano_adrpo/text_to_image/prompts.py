@@ -87,8 +87,10 @@ def read_lines(file, names):
 
 def read_table(file, delimiter, names):
     """Yields (place, row) of a table with one of the columns `names`; the names of its columns are turned to small letters."""
-    lines = csv.reader(io.StringIO(files.read_text(file)), delimiter=delimiter, strict=True)
-    header = None
+    text, header = files.read_text(file), None
+    lines = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
+    if delimiter == "\t" and not quoted(text):
+        lines = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=csv.QUOTE_NONE)
     try:
         for cells in filter(None, lines):
             where = f"line {lines.line_num}"
@@ -103,6 +105,14 @@ def read_table(file, delimiter, names):
                 yield where, dict(zip(header, cells))
     except csv.Error as error:
         raise InputError(f"{file}, line {lines.line_num}: not a table ({error})") from None
+
+
+def quoted(text):
+    """Whether a table between tabs has quotes around cells as CSV does. By its standard it has none, as PartiPrompts.tsv."""
+    try:
+        return bool(list(csv.reader(io.StringIO(text), delimiter="\t", strict=True)))
+    except csv.Error:
+        return False
 
 
 def cached(file, prompts, negative_prompt, path, dtype=None, device=None, base=None, t5="load", lower=None, **options):

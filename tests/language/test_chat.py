@@ -40,6 +40,10 @@ def test_a_tokenizer_must_be_there():
     cut = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}  # a setting left in some files
     tokenizer = chat.tokenizer_of(model(tokenizer=TOKENIZER | {"truncation": cut}))
     assert len(tokenizer.encode("1+2=").ids) == 4
+    # A special token that tokenizer_config.json alone lists is one: found in a text, and left out of what is read.
+    tokenizer = chat.tokenizer_of(model(tokenizer=TOKENIZER, tokenizer_config={"eos_token": "="}))
+    ids = tokenizer.encode("1+2=").ids
+    assert tokenizer.decode(ids) == "1+2" and tokenizer.decode(ids, skip_special_tokens=False).endswith("=")
 
 
 def test_vocab_and_merges_by_hand():
@@ -107,6 +111,8 @@ def test_templates_by_hand():
     config = {"bos_token": {"content": "<b>", "lstrip": False}, "eos_token": "</s>", "pad_token": None}
     whole = "|".join(TEXTS)
     assert chat.render(model(tokenizer_config=config | {"chat_template": whole}), TALK) == "|".join(TEXTS.values())
+    given = model(tokenizer_config={"chat_template": "{{ tools[0].name }} {{ documents }}"})
+    assert chat.render(given, TALK, tools=[{"name": "f"}]) == "f None"
 
 
 REFUSED = {

@@ -274,6 +274,18 @@ def test_other_pixels_than_a_reward_knows_are_refused(folders, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_processor_saved_by_transformers_5_is_read(folders, tmp_path):
+    clip = shutil.copytree(folders["clip_score"], tmp_path / "clip")
+    values = json.loads((clip / "preprocessor_config.json").read_text())
+    (clip / "preprocessor_config.json").unlink()
+    (clip / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor", "image_processor": values}))
+    for name in ("mean", "std"):
+        assert torch.equal(getattr(ClipScore(clip), name), getattr(ClipScore(folders["clip_score"]), name))
+    (clip / "processor_config.json").write_text(json.dumps({"image_processor": values | {"resample": 2}}))
+    with pytest.raises(ValueError, match="processor_config.json: key 'resample' is 2; expected 3"):
+        ClipScore(clip)
+
+
 def test_a_predictor_of_another_clip_is_refused(folders, tmp_path):
     aesthetic = shutil.copytree(folders["aesthetic"], tmp_path / "aesthetic")
     file = aesthetic / "aesthetic.safetensors"

@@ -47,6 +47,8 @@ FORMATS = {
     ("p.json", '\ufeff["a", {"prompt": "b", "category": "c"}]'): ["a", "b"],
     ("p.csv", '\ufeffid,Prompt\r\n1,"a, ""b"""\r\n\r\n2,"c\nd"\r\n'): ['a, "b"', "c\nd"],
     ("p.tsv", "Prompt\tCategory\na, b\tc\n#d\te\n"): ["a, b", "#d"],
+    ("quoted.tsv", 'Prompt\tCategory\n"a ""b"""\tc\n'): ['a "b"'],
+    ("plain.tsv", 'Prompt\tCategory\n"G I F" painted\tc\n"d"\te\n'): ['"G I F" painted', '"d"'],  # as in PartiPrompts.tsv
 }
 
 
@@ -123,14 +125,6 @@ def test_embeddings_are_the_encoders_and_the_negative_prompts_stand_apart(folder
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_a_place_that_cannot_be_written_to_is_noticed_before_anything_is_encoded(folder, tmp_path, monkeypatch):
-    no_encoder(monkeypatch)
-    (tmp_path / "file").touch()
-    for place in (tmp_path / "file" / "prompts.safetensors", Path("/proc/none/prompts.safetensors")):
-        with pytest.raises(NotWritten, match=f"^{place.parent}: cannot be written"):
-            cached(place, PROMPTS, "", folder, t5="zeros")
-
-
 def test_the_transformer_stays_on_disk(folder, monkeypatch):
     opened, plain = [], MMDiT.from_pretrained
     monkeypatch.setattr(
@@ -194,8 +188,9 @@ def test_a_pointer_in_the_place_of_weights_is_named(copy, tmp_path):
 def test_what_cannot_be_kept_is_told_before_an_encoder_is_loaded(folder, tmp_path, monkeypatch):
     no_encoder(monkeypatch)
     (tmp_path / "prompts.txt").write_text("a photo\n")
-    with pytest.raises(OSError, match="prompts.txt"):
-        cached(tmp_path / "prompts.txt" / "x.safetensors", PROMPTS, "", folder)
+    for place in (tmp_path / "prompts.txt", Path("/proc"), Path("/proc/new")):
+        with pytest.raises(NotWritten, match=f"^{place}: cannot be written"):
+            cached(place / "x.safetensors", PROMPTS, "", folder)
     save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     for name in ("model.safetensors", "prompts.txt"):  # is no cache, and is not written over
         before = (tmp_path / name).read_bytes()
