@@ -79,6 +79,13 @@ def test_a_table_says_which_image_is_of_which_prompt(tmp_path, few):
             run(*options, "--out", tmp_path / "other")
 
 
+def test_a_number_in_a_name_is_no_prompts_text(tmp_path):
+    names = "0_0.png", "1_0.png", "2_0.png", "3_0.png"
+    named(tmp_path / "plain", *names)
+    found = image_folders.files_of(tmp_path / "plain", 0, ["3", "a cat", "0", "b"])  # as PartiPrompts has "42" and "0"
+    assert [[file.name for file in some] for some in found] == [[name] for name in names]
+
+
 def test_any_number_of_images_a_prompt(tmp_path, few):
     write_images(tmp_path / "plain")
     (tmp_path / "plain" / "0001_01.png").unlink()

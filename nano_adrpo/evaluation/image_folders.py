@@ -1,9 +1,9 @@
 """Folders with images of any other system: which file belongs to which prompt.
 
 A file that `--images` names lists them, in any format of prompt files (text_to_image/prompts.py), with "file", the name within
-the folder, and "prompt", the prompt's text or its number, counted from 0. Without it the names tell: PROMPT_SAMPLE.png, both
-numbers, or else the order of the names, in which 2 comes before 10, with equally many images for each prompt. If there are
-several seeds, their images are in seed0/, seed1/, …
+the folder, and "prompt", the prompt's text or, as a text, its number, counted from 0. Without it the names tell:
+PROMPT_SAMPLE.png, both numbers, or else the order of the names, in which 2 comes before 10, with equally many images for each
+prompt. If there are several seeds, their images are in seed0/, seed1/, …
 """
 
 import re
@@ -62,7 +62,7 @@ def files_of(path, seed, prompts, table=None):
             expected = "names as PROMPT_SAMPLE.png (0007_03.png), or --images FILE"
             raise InputError(f"{folder}: {len(images)} images, which {len(prompts)} prompts do not divide; expected {expected}")
         for index, (file, match) in enumerate(zip(images, numbered)):
-            found[number_of(match[1], prompts, file) if all(numbered) else index // each].append(file)
+            found[checked(match[1], prompts, file) if all(numbered) else index // each].append(file)
         if not all(numbered):
             print(
                 f"{folder}: {each} images a prompt in the order of names; {shown(images[0].name)} is of {prompts[0]!r}",
@@ -101,8 +101,11 @@ def embeddings(files, reward, device):
 
 def number_of(prompt, prompts, where):
     """The number of a prompt that is given as its text or as this number."""
-    if prompt in prompts:
-        return prompts.index(prompt)
+    return prompts.index(prompt) if prompt in prompts else checked(prompt, prompts, where)
+
+
+def checked(prompt, prompts, where):
+    """The number of a prompt, of its digits."""
     if re.fullmatch("[0-9]{1,9}", prompt) and int(prompt) < len(prompts):
         return int(prompt)
     raise InputError(f"{where}: no prompt {prompt[:60]!r}; expected one of --prompts, or a number from 0 to {len(prompts) - 1}")

@@ -50,6 +50,8 @@ def picture(file, runs, metrics=METRICS):
     for axis, metric in zip(axes[0], metrics):
         for (name, files), color in zip(runs.items(), colors(plt, runs)):
             rounds, values = series(files, metric)
+            if not rounds:  # none that all seeds log
+                continue
             mean, error = map(torch.tensor, zip(*map(mean_and_standard_error, values.T.tolist())))
             axis.plot(rounds, mean.numpy(), color=color, linewidth=1.2, label=name)
             axis.fill_between(rounds, (mean - error).numpy(), (mean + error).numpy(), color=color, alpha=0.2, linewidth=0)

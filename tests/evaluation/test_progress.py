@@ -49,3 +49,9 @@ def test_the_picture_has_a_band_of_the_standard_error(tmp_path, runs, monkeypatc
     )  # one seed has no band
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(runs)
     assert grpo.get_color() != adrpo.get_color() == entropy.lines[1].get_color()
+
+
+def test_a_metric_that_no_round_has_leaves_its_panel_empty(tmp_path, runs):
+    (tmp_path / "d").write_text('{"round": 1, "reward": 0.5}\n{"round": 2, "reward": 0.5}\n')
+    progress.picture(tmp_path / "figure.png", runs | {"flow": [tmp_path / "d"]})
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
