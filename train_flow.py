@@ -231,7 +231,7 @@ def open_policy(args, prompts, generator):
     )
     add_adapter(args, policy, args.device)
     if args.lora_rank:
-        with about("--lora-targets"):
+        with about("--lora-rank, --lora-alpha, --lora-targets"):
             targets = args.lora_targets or policy.family.targets
             alpha = args.lora_alpha or args.lora_rank
             lora.add(policy.transformer, targets, args.lora_rank, alpha, generator, args.device)
@@ -337,7 +337,7 @@ def parse(argv=None):
     add("--ode-method", choices=tuple(ode.EVALUATIONS), default="euler", help="integrator")
     add("--shift", type=positive(float), help="time-grid shift; default the model's own, as 3 in SD3 and 1 in pixel space")
     add("--guidance", type=positive(float, zero=True), default=1.0, help="guidance scale of rollouts; up to 1 is none")
-    add("--negative-prompt", default="", help="what guidance leads away from")
+    add("--negative-prompt", metavar="TEXT", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side of the images in pixels; default the model's own")
     add("--rollout-batch", type=positive(int), help="samples at a time in rollouts and their rewards; default all")
     add = options.optimisation(parser, ["the attention's projections"], rounds=40, lr=6e-4, lr_schedule="cosine")

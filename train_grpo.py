@@ -172,7 +172,7 @@ def open_policy(args, generator):
         with about("--adapter"):
             lora.load(policy, args.adapter, args.device)
     if args.lora_rank:
-        with about("--lora-targets"):
+        with about("--lora-rank, --lora-alpha, --lora-targets"):
             targets = args.lora_targets or lora.DECODER_TARGETS
             lora.add(policy, targets, args.lora_rank, args.lora_alpha or args.lora_rank, generator, args.device)
     policy.model.gradient_checkpointing = args.gradient_checkpointing
@@ -323,7 +323,7 @@ def parse(argv=None):
         "nano_adrpo/rewards/questions.py",
     )
     add("--held-out", help="the same, for evaluation; needed with --problems")
-    add("--instruction", default="", help="text put behind every question")
+    add("--instruction", metavar="TEXT", default="", help="text put behind every question")
     options.chat(add)
     add("--few-shot", help="file of text put before every question; rewards and judges do not see it")
     add(

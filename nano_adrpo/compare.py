@@ -38,7 +38,7 @@ from nano_adrpo.files.config import Index, fits, section
 from nano_adrpo.training.checkpoint import sweep
 from nano_adrpo.training.life import Life
 from nano_adrpo.training.options import positive
-from nano_adrpo.training.run import make_folder, new_folder
+from nano_adrpo.training.run import new_folder
 
 
 @dataclass
@@ -170,7 +170,7 @@ def main(argv=None):
             raise InputError("--seeds, --rounds and --workers: expected only with comparisons of training runs")
         return when.compare(new_folder(out))
     comparison = COMPARISONS[args.what]
-    make_folder(out, out)
+    claim(out, args.what)
     seeds, rounds = args.seeds or comparison.seeds, args.rounds or comparison.rounds
 
     def options(name, lr, seed):
@@ -208,6 +208,16 @@ def main(argv=None):
     for x in comparison.across:
         plots.pictures(rows, x, comparison.up, out / f"reward_{x}.png")
     print(text)
+
+
+def claim(out, what):
+    """Makes the folder of a comparison, or refuses one that is another's."""
+    mark, kind = out / "config.json", {"compare": what}
+    if not mark.is_file():
+        new_folder(out)
+        files.write_json(mark, kind)
+    if files.read_json(mark) != kind:
+        raise InputError(f"--out {out}: holds something else; expected a new or empty folder, or one of compare {what}")
 
 
 def row_of(name, lr, runs):

@@ -65,11 +65,21 @@ def writing(path):
 
 
 class Parser(argparse.ArgumentParser):
-    """Options must be spelt in full. A wrong one is one line, not a page of usage."""
+    """Options must be spelt in full. A wrong one is one line, not a page of usage. An empty text, such as a shell's variable
+    that is not set, is refused but where a TEXT is asked for."""
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def __init__(self, description=None, **options):
+        kind = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=kind, **options)
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # argparse's own knows no -1e-3
+
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if action.metavar != "TEXT" and "" in (value if isinstance(value, list) else [value]):
+                self.error(f"{'/'.join(action.option_strings) or action.dest}: expected a text that is not empty")
+        return found
 
     def error(self, message):
         print(f"error: {shown(message)}", file=sys.stderr)

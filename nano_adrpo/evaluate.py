@@ -70,7 +70,7 @@ def parse(argv=None):
     add("--steps", type=positive(int), default=8, help="Euler steps from noise to image; SD3's and FLUX's usual is 28")
     add("--shift", type=positive(float), help="time-grid shift; default the model's own")
     add("--guidance", type=positive(float, zero=True), default=1.0, help="classifier-free guidance scale; up to 1 is none")
-    add("--negative-prompt", default="", help="what guidance leads away from")
+    add("--negative-prompt", metavar="TEXT", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side in pixels; default the model's own")
     t5 = "SD3's and FLUX's T5: at once, layer by layer from disk, without it (SD3 alone)"
     add("--t5", choices=("load", "stream", "zeros"), default="load", help=t5)
@@ -78,7 +78,7 @@ def parse(argv=None):
     words = parser.add_argument_group("text")
     add = words.add_argument
     add("--problems", help="JSON lines, see train_grpo.py; the models are language models")
-    add("--instruction", default="", help="text put behind every question")
+    add("--instruction", metavar="TEXT", default="", help="text put behind every question")
     add("--few-shot", help="file of text put before every question; rewards and judges do not see it")
     options.chat(add)
     add("--max-new-tokens", type=positive(int), default=256, help="tokens of a completion, its end included")
@@ -100,6 +100,8 @@ def parse(argv=None):
     refuse_idle(args, argv, of_text)
     if of_text:
         args.rewards = args.rewards or ["exact"]
+        if "choice" in [rewards.weighted(spec)[0] for spec in args.rewards]:
+            raise InputError("--rewards choice: expected another one, since these problems have no choices")
         if args.top_p > 1:
             raise InputError(f"--top-p {args.top_p}: expected at most 1")
         return args
@@ -131,7 +133,7 @@ def open_results(args, found, changed):
 
 
 # Options that say how a model draws, and their defaults.
-DRAWING = {"shift": None, "guidance": 1.0, "resolution": None, "t5": "load", "base": None, "lower_case": None}
+DRAWING = {"steps": 8, "shift": None, "guidance": 1.0, "resolution": None, "t5": "load", "base": None, "lower_case": None}
 
 
 class Evaluation:

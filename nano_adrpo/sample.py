@@ -37,7 +37,7 @@ def parse(argv=None):
     add("--model", required=True, help="image model: folder in diffusers' layout or single file; or a decoder's folder")
     add("--base", help="folder for the parts that --model lacks, as a single file its tokenizers")
     add("--adapter", help="folder in PEFT's layout, made for this model")
-    add("--prompt", help="one prompt")
+    add("--prompt", metavar="TEXT", help="one prompt")
     add(
         "--prompts",
         help='a file of them: .txt with one a line, or JSON (lines), CSV, TSV with "prompt", of text also "question"; for '
@@ -49,7 +49,7 @@ def parse(argv=None):
     add("--steps", type=positive(int), default=28, help="integration steps from noise to image")
     add("--shift", type=positive(float), help="time-grid shift; default the model's own")
     add("--guidance", type=positive(float, zero=True), default=1.0, help="classifier-free guidance scale; up to 1 is none")
-    add("--negative-prompt", default="", help="what guidance leads away from")
+    add("--negative-prompt", metavar="TEXT", default="", help="what guidance leads away from")
     add("--resolution", type=positive(int), help="side in pixels; default the model's own")
     add("--t5", choices=("load", "stream", "zeros"), default="load", help="SD3's, FLUX's T5: at once, by layers, without (SD3)")
     options.flag(add, "--lower-case", None, "lower-case the prompts; default as diffusers does it: only for SANA")

@@ -86,7 +86,7 @@ def test_every_setting_has_every_rate_with_seed_0_and_the_best_one_with_the_othe
     )
     assert len(every) == 2 + 1 + 6 and every[4] == ["| ADRPO β0=1", "0.0003", "10", "0.1", "0.5", "0.25", "0.125", "0.75 |"]
     pictures = {"reward_clip_diversity.png", "reward_pixel_diversity.png", "reward_w2.png"}
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "results.json", "table.md", ".lock"} | pictures
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "results.json", "table.md", "config.json", ".lock"} | pictures
 
     for removed, again in ((1, 1), (8, 1)):  # of the first stage, of the second
         shutil.rmtree(compare.folder(tmp_path, ran_options := invented[removed]))
@@ -222,14 +222,22 @@ def test_what_a_run_left_is_checked(tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_or_has_a_comparison_is_refused_before_work(tmp_path, invented, capsys):
     (tmp_path / "file").touch()
+    compare.claim(tmp_path / "flow", "flow"), compare.claim(tmp_path / "grpo", "grpo")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "table.md").touch()
     with Life() as life:
-        life.lock(tmp_path, ".lock")
-        for out, message in ((tmp_path / "file", "cannot write there"), (tmp_path, "another run has it")):
+        life.lock(tmp_path / "flow", ".lock")
+        for out, message in (
+            (tmp_path / "file", "cannot write there"), (tmp_path / "flow", "another run has it"),
+            (tmp_path / "grpo", "holds something else; expected a new or empty folder, or one of compare flow"),
+            (tmp_path / "mine", "the folder is not empty; expected a new or empty one"),
+        ):  # fmt: skip
             line = refused(capsys, lambda: compare.main(["flow", "--out", str(out)]))
             assert f"--out {out}: {message}" in line and not invented
 
 
 def test_what_a_killed_comparison_left_half_written_goes(tmp_path, invented):
+    compare.claim(tmp_path, "flow")
     (tmp_path / ".table.md.abc.tmp").mkdir(parents=True)
     compare.main(["flow", "--out", str(tmp_path), "--seeds", "1", "--rounds", "2"])
     assert not list(tmp_path.glob(".*.tmp"))

@@ -124,7 +124,7 @@ def read_predictions(file, questions):
         if not isinstance(said[name], str | None):
             raise InputError(f"{file}: question {name!r}: expected a text under '{OUTPUTS[0]}', got {brief(said[name])}")
         others += is_texts(row.get("choices")) and "answer" in row and without_letters(row)["answer"] != known[name].answer
-    if said and all(text is None for text in said.values()):
+    if all(text is None for text in said.values()):
         raise InputError(f"{file}: no predictions; expected a text under '{OUTPUTS[0]}' or '{OUTPUTS[1]}'")
     return [said.get(question.id) for question in questions], others
 

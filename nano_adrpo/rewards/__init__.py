@@ -144,6 +144,8 @@ def function(spec):
     """FILE.py:FUNCTION -> the function. It is called with copies, so that it cannot change what is trained on. Runs the file.
     An exception in it, or later in the function, passes through, see `its_own`."""
     file, _, name = spec.rpartition(":")
+    if not file:
+        raise InputError(f"{spec!r}: expected FILE.py:FUNCTION")
     if not Path(file).is_file():
         raise MissingFile(f"{file}: no such file; expected one with the function {name!r}")
     open(file, "rb").close()  # one that cannot be read is no fault in it

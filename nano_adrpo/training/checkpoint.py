@@ -66,6 +66,8 @@ def find(args, life, start):
     sweep(out)
     newest = newest_whole(out)
     if newest is None:
+        if finished(out / LOGS[0], args.rounds):
+            raise InputError(f"--out {out}: the run is finished and has no checkpoint; expected one, or a new folder")
         print(f"{out}: has no checkpoint yet; the run starts anew", flush=True)
         return memory
     stored = safetensors.Checkpoint(newest / STATE)
@@ -80,6 +82,11 @@ def find(args, life, start):
     done = "is finished" if found["round"] >= args.rounds else "goes on"
     print(f"{out}: the run {done} after round {found['round']}, from {newest}", flush=True)
     return memory | found | {"config": config, "torch": memory["torch"]}
+
+
+def finished(log, rounds):
+    """Whether a run's log has its last round. A killed run's last line may be half a line."""
+    return log.is_file() and any(line.startswith(f'{{"round": {rounds},') for line in files.read_text(log).split("\n"))
 
 
 def restore(out, memory, network, optimizer, ema, generators):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nano_adrpo.errors import InputError
+from nano_adrpo.errors import InputError, Parser
 from nano_adrpo.files import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,6 +21,8 @@ def positive(kind, zero=False):
 
     def parse(text):
         value = kind(text)
+        if kind is int and value >= 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is not below 2^31")
         if not (value > 0 or zero and value == 0) or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a positive number{' or 0' if zero else ''}")
         return value
@@ -54,7 +56,7 @@ def device(name):
     """An argparse type: a torch device that this machine has."""
     try:
         torch.zeros(1, device=name).item()  # fails on "meta", too, which holds no numbers
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise argparse.ArgumentTypeError(f"device {name!r} is not available ({str(error).splitlines()[0]})") from None
     return name
 
@@ -121,7 +123,7 @@ def parse(parser, argv):
     """Command line -> options, those of the run to --resume first, then those of --config. Raises InputError naming the file
     and the option."""
     argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument("--config")
     first.add_argument("--out")
     first.add_argument("--resume", action="store_true")
@@ -153,6 +155,7 @@ def words(parser, file, argv):
             raise InputError(f"{file}: key '{name}' is no option of this script")
         if option in given or value is None:
             continue
+        check(actions[name], value, f"{file}: key '{name}'")
         if isinstance(value, bool):
             found.append(option if value else f"--no-{option[2:]}")
         elif isinstance(value, list) and name == "stop":
@@ -162,6 +165,20 @@ def words(parser, file, argv):
         else:
             found.append(f"{option}={value}")
     return found
+
+
+def check(action, value, where):
+    """Raises InputError, which begins with `where`, for a value of a config.json that an option cannot have."""
+    switch, several = isinstance(action, argparse.BooleanOptionalAction), action.nargs == "+"
+    expected = "true or false" if switch else "a number or a text" + ", or a list of them" * several
+    for each in value if several and isinstance(value, list) else [value]:
+        if isinstance(each, bool) != switch or isinstance(each, list | dict) or "\0" in str(each):
+            raise InputError(f"{where} is {value!r}; expected {expected}")
+        try:
+            (action.type or str)(str(each))
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            expected = error if isinstance(error, argparse.ArgumentTypeError) else "expected a number"
+            raise InputError(f"{where} is {value!r}: {expected}") from None
 
 
 def saved(args):

@@ -44,7 +44,14 @@ def test_a_bad_config_is_refused(tmp_path, capsys):
         ('{"config": "x"}', f"{file}: key 'config' is no option of this script"),
         ("[1]", f"{file}: expected a JSON object"),
         ('{"rounds": ', f"{file}: not valid JSON"),
-        ('{"rounds": -1}', "argument --rounds: -1 is not a positive number or 0"),
+        ('{"rounds": -1}', f"{file}: key 'rounds' is -1: -1 is not a positive number or 0"),
+        ('{"rounds": true}', f"{file}: key 'rounds' is True; expected a number or a text"),
+        ('{"rounds": [3, 4]}', f"{file}: key 'rounds' is [3, 4]; expected a number or a text"),
+        ('{"rounds": {"a": 1}}', f"{file}: key 'rounds' is {{'a': 1}}; expected a number or a text"),
+        ('{"rounds": "fast"}', f"{file}: key 'rounds' is 'fast': expected a number"),
+        ('{"words": ["a", ["b"]]}', f"{file}: key 'words' is ['a', ['b']]; expected a number or a text, or a list of them"),
+        ('{"words": ["a\\u0000"]}', f"{file}: key 'words' is ['a\\x00']; expected a number or a text"),
+        ('{"eval_first": "false"}', f"{file}: key 'eval_first' is 'false'; expected true or false"),
     ):
         file.write_text(content)
         assert message in refused(capsys, lambda: options.parse(parser(), ["--config", str(file)]))
@@ -66,11 +73,12 @@ def test_a_run_goes_on_with_its_own_options(tmp_path, capsys):
 def test_the_types_of_options():
     for kind, good, bad in (
         (options.positive(int), {"3": 3}, ("0", "-1", "1.5")),
+        (options.positive(int), {str(2**31 - 1): 2**31 - 1}, (str(2**31), "9" * 400)),
         (options.positive(float, zero=True), {"0": 0.0, "2.5": 2.5}, ("-1", "nan", "inf")),
         (options.finite, {"-2": -2.0}, ("inf", "x")),
         (options.fraction, {"0": 0.0, "0.9": 0.9}, ("1", "-0.1")),
         (options.seed, {str(2**64 - 1): 2**64 - 1, "-5": -5}, (str(2**64), "x")),
-        (options.device, {"cpu": "cpu"}, ("tpu9", "meta")),
+        (options.device, {"cpu": "cpu"}, ("tpu9", "meta", "hpu")),
     ):
         assert {text: kind(text) for text in good} == good
         for text in bad:
@@ -83,6 +91,14 @@ def test_a_negative_number_is_no_option(text):
     parser = Parser("")
     parser.add_argument_group("numbers").add_argument("--low", type=options.finite)
     assert parser.parse_args(["--low", text]).low == float(text)
+
+
+def test_an_empty_text_is_no_choice(capsys):
+    parser = Parser("")
+    parser.add_argument("--file"), parser.add_argument("--words", nargs="+"), parser.add_argument("--system", metavar="TEXT")
+    assert parser.parse_args(["--system", ""]).system == ""
+    for words, name in ((["--file", ""], "--file"), (["--file="], "--file"), (["--words", "a", ""], "--words")):
+        assert f"error: {name}: expected a text that is not empty" in refused(capsys, lambda: parser.parse_args(words))
 
 
 def test_sizes_and_ranges_are_checked():
