@@ -25,7 +25,7 @@ def time_grid(steps, shift=1.0, dtype=torch.float32, device=None):
 def sd3_time_grid(steps, shift=3.0, dtype=torch.float32, device=None, train_timesteps=1000):
     """steps + 1 increasing times from 0 to 1, as SD3's public samplers have them (Stability's sd3-ref, diffusers).
 
-    They differ from `time_grid`. σ falls in `steps` equal parts not to 0 but to the smallest of training, which is 1/1000
+    They differ from `time_grid`. σ falls in `steps` − 1 equal parts, not to 0 but to the smallest of training, which is 1/1000
     (1/train_timesteps) under the map above; the map is then applied to every σ, to the smallest for the second time, and 0 is
     appended. So the last step is short (0.009 at a shift of 3), and the others are a little longer.
 

@@ -39,14 +39,15 @@ def uncertainty_gate(rewards, auxiliary, beta0, share=0.1):
     rewards = rewards.float()
     if not len(auxiliary):
         raise InputError("no auxiliary rewards; expected at least one, since uncertainty is its disagreement with the reward")
-    U = _win_rate(rewards) - torch.stack([_win_rate(other.to(rewards)) for other in auxiliary]).mean(dim=0)
+    # N·K·2·U, in whole numbers: equal ones are equal
+    U = len(auxiliary) * _wins(rewards) - torch.stack([_wins(other.to(rewards)) for other in auxiliary]).sum(dim=0)
     edge = U.sort(descending=True).values[max(1, round(share * len(U))) - 1]
     return beta0 * ((U >= edge) & (U > 0)).to(U)
 
 
-def _win_rate(rewards):
-    difference = rewards[:, None] - rewards  # [N, N]
-    return (difference.sign().mean(dim=1) + 1) / 2
+def _wins(rewards):
+    """How many more samples each one beats than beat it, N·(2w − 1)."""
+    return (rewards[:, None] - rewards).sign().sum(dim=1)
 
 
 def accuracy_beta(rewards, beta0):

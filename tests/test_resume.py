@@ -339,6 +339,15 @@ def test_a_log_that_lost_lines_is_refused(stopped, capsys):
     assert f"{log}: has 0 bytes; expected the {size} that the run wrote before its checkpoint" in line
 
 
+def test_a_finished_run_without_checkpoints_is_not_begun_again(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole("grpo")[0], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    before = (folder / "metrics.jsonl").read_bytes()
+    line = scripts.refused(capsys, lambda: resume("grpo", folder))
+    assert "the run is finished and has no checkpoint; expected one, or a new folder" in line
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_folder_has_one_run_at_a_time(stopped, capsys):
     out = stopped("grpo", 2)
     with Life() as life:

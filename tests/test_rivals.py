@@ -39,6 +39,19 @@ def test_only_the_order_counts_and_ties_count_half():
     assert gate([0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], share=0.25) == [0, 0, 2, 2]  # equal U at the edge
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_disagreements_are_equal_for_any_number_of_samples(seed):
+    draw = torch.Generator().manual_seed(seed)
+    R, *others = torch.rand(3, 48, generator=draw)
+
+    def wins(x):
+        return [sum((a > b) - (a < b) for b in x.tolist()) for a in x.tolist()]
+
+    U = [2 * a - b - c for a, b, c in zip(*map(wins, (R, *others)))]  # whole numbers
+    edge = sorted(U, reverse=True)[5 - 1]  # a tenth of 48
+    assert gate(R.tolist(), *[other.tolist() for other in others]) == [2.0 * (u >= edge) for u in U]
+
+
 def test_a_gate_needs_another_reward():
     with pytest.raises(InputError, match="no auxiliary rewards"):
         gate([0.0, 1.0])

@@ -329,6 +329,13 @@ def test_never_clamped_it_resembles_the_flows_fixed_point(beta0):
     assert divergence[True] > divergence[False]
 
 
+def test_where_good_answers_are_common_it_ends_nearer_to_the_reference():
+    reference = [0.1, 0.3, 0.6]
+    ends = [Bandit(GRADED, reference, 4).rest(3.0, "k2", adaptive=adaptive).exp().tolist() for adaptive in (False, True)]
+    grpo, adrpo = (sum(x * math.log(x / q) for x, q in zip(p, reference)) for p in ends)
+    assert adrpo < 0.8 * grpo
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_k1_regularises_nothing(adaptive):
     bandit, beta0 = Bandit(GRADED, REF, 4), 0.3

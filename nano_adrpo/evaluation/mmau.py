@@ -237,7 +237,8 @@ def interval(correct, total):
 
 def paired_difference(a, b):
     """How much more often A is right than B on the same questions: -> the mean of the differences and its standard error.
-    Questions that both answer alike add nothing to the error (as in McNemar's test), so it is smaller than `unpaired_error`.
+    Questions that both answer alike add little to the error (as in McNemar's test): it is smaller than `unpaired_error` where
+    both tend to be right at the same questions, as systems do, and larger where at different ones.
 
     a, b   [N], 1 where a system is right; or its share of right answers over several runs
     """

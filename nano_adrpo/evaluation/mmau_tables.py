@@ -29,8 +29,9 @@ TABLE_3 = {
 }
 
 ABOUT_DIFFERENCES = (
-    "Points with their 95 % interval over questions, how many standard errors that is, and at how many questions one is right "
-    "(or in more of its training runs) where the other is not. How training runs differ is not in the interval."
+    "Points with their 95 % interval over questions (none where all differ alike, which tells no error), how many standard "
+    "errors that is, and at how many questions one is right (or in more of its training runs) where the other is not. How "
+    "training runs differ is not in the interval."
 )
 
 
@@ -98,7 +99,7 @@ def differences(systems):
         a, b = ([sum(runs) / len(runs) for runs in zip(*system.right)] for system in (first, second))
         mean, error = mmau.paired_difference(a, b)
         found.append({
-            "first": first.name, "second": second.name, "difference": mean, "error": 0.0 if math.isnan(error) else error,
+            "first": first.name, "second": second.name, "difference": mean, "error": None if math.isnan(error) else error,
             "first_better": sum(x > y for x, y in zip(a, b)), "second_better": sum(x < y for x, y in zip(a, b)),
         })  # fmt: skip
     return found
@@ -108,10 +109,10 @@ def table_of_differences(pairs):
     """Markdown of `differences`."""
     lines = []
     for pair in pairs:
-        mean, error = pair["difference"], pair["error"]
+        mean, error = pair["difference"], pair["error"] or 0.0
         low, high = mean - mmau.Z95 * error, mean + mmau.Z95 * error
         counts = [str(pair["first_better"]), str(pair["second_better"])]
-        points = f"{100 * mean:+.2f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        points = f"{100 * mean:+.2f}" + (f" [{100 * low:+.1f}, {100 * high:+.1f}]" if error else "")
         lines.append([pair["first"], pair["second"], points, f"{mean / error:+.1f}" if error else "–", *counts])
     names = ["first", "second", "first − second", "standard errors", "first better at", "second better at"]
     return tables.markdown(names, lines)

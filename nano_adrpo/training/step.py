@@ -73,7 +73,8 @@ def set_learning_rate(optimizer, args, round):
 
 
 def learning_rate(args, round):
-    """A rise over --warmup rounds to --lr, which holds for a share --lr-hold of the rounds; then a fall to --lr-end · --lr."""
+    """A rise over --warmup rounds to --lr, which holds for a share --lr-hold of the rounds; then a fall to
+    --lr-end · --lr, which the round after the last would have."""
     done, start = round - 1, args.lr_hold * args.rounds
     progress = max(0.0, (done - start) / (args.rounds - start))  # of the fall, 0 … 1
     if args.lr_schedule == "linear":

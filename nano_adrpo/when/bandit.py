@@ -1,7 +1,8 @@
 """Who leaves a deep local optimum? A bandit: one prompt, twelve answers of one token, a softmax policy with a logit for each.
 
-A guess pays 0.3 and is what the reference mostly says; two right answers pay 1, and the reference hardly ever tries them. Small
-groups, many seeds at once: every seed has a row of logits of its own, which no other row's gradient reaches.
+A guess pays 0.3 and is the reference's most common answer; three right answers pay 1, and the reference hardly
+ever tries them. Small groups, many seeds at once: every seed has a row of logits of its own, which no other row's
+gradient reaches.
 """
 
 import torch
@@ -19,7 +20,7 @@ def betas(A, beta0, generator):
     return {
         "GRPO": torch.full_like(A, beta0),
         "ADRPO": adaptive,
-        "shuffled": adaptive[torch.randperm(len(A), generator=generator)],  # the same numbers, for other samples
+        "shuffled": adaptive[torch.randperm(len(A), generator=generator)],  # of other samples, of any seed
         "anti": 2 * beta0 - adaptive,  # β0 + clamp(A)
     }
 
