@@ -39,7 +39,7 @@ def test_only_the_order_counts_and_ties_count_half():
     assert gate([0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], share=0.25) == [0, 0, 2, 2]  # equal U at the edge
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [0, 31, 33])  # of the last two, shares in float32 would tell equal ones apart
 def test_equal_disagreements_are_equal_for_any_number_of_samples(seed):
     draw = torch.Generator().manual_seed(seed)
     R, *others = torch.rand(3, 48, generator=draw)
