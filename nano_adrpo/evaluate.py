@@ -133,7 +133,7 @@ def open_results(args, found, changed):
 
 
 # Options that say how a model draws, and their defaults.
-DRAWING = {"steps": 8, "shift": None, "guidance": 1.0, "resolution": None, "t5": "load", "base": None, "lower_case": None}
+DRAWING = {"shift": None, "guidance": 1.0, "resolution": None, "t5": "load", "base": None, "lower_case": None}
 
 
 class Evaluation:
