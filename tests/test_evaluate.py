@@ -232,7 +232,7 @@ def test_what_is_misspelt_is_refused_in_one_line(tmp_path, few, capsys):
         (["--models", f"a={tmp_path / 'plain'}", "--guidance", 3], "--guidance: expected only with a model among --models"),
         (["--models", f"a={tmp_path / 'plain'}", "--lower-case"], "--lower-case: expected only with a model among --models"),
         (["--models", f"a={BASE}", "--samples", 1], "--samples 1: expected at least 2"),
-        (["--models", f"a={BASE}", "--judge", "judge"], "--judge: : no such file; expected one with the function 'judge'"),
+        (["--models", f"a={BASE}", "--judge", "judge"], "--judge: 'judge': expected FILE.py:FUNCTION"),
         (["--models", f"a={BASE}", "--judge", f"{tmp_path / 'mine.py'}:judge"], "mine.py: no function 'judge' in it"),
     ):
         with pytest.raises(SystemExit) as stop:
