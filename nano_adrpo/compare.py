@@ -197,14 +197,13 @@ def main(argv=None):
     text += tables.table(rows, "base model", comparison.columns)
     if len(every) > len(rows):
         text += f"\nEvery learning rate, seed 0:\n\n{tables.table(every, 'base model', comparison.columns)}"
-    if comparison.script == "train_grpo":  # the paper's Figure 4, with a picture below
+    if comparison.script == "train_grpo":  # the paper's Figure 4
         pairs = [(row["setting"], row["lr"]) for row in rows]
         runs = {pair[0]: [folder(out, options(*pair, seed)) / "metrics.jsonl" for seed in range(seeds)] for pair in pairs}
         text += f"\nWhile training, mean over each fifth of the rounds:\n\n{progress.table(runs)}"
+        progress.picture(out / "progress.png", runs)
     files.write_json(out / "results.json", results)
     files.write_bytes(out / "table.md", text.encode())
-    if comparison.script == "train_grpo":
-        progress.picture(out / "progress.png", runs)
     for x in comparison.across:
         plots.pictures(rows, x, comparison.up, out / f"reward_{x}.png")
     print(text)

@@ -62,7 +62,7 @@ def files_of(path, seed, prompts, table=None):
             expected = "names as PROMPT_SAMPLE.png (0007_03.png), or --images FILE"
             raise InputError(f"{folder}: {len(images)} images, which {len(prompts)} prompts do not divide; expected {expected}")
         for index, (file, match) in enumerate(zip(images, numbered)):
-            found[checked(match[1], prompts, file) if all(numbered) else index // each].append(file)
+            found[by_number(match[1], prompts, file) if all(numbered) else index // each].append(file)
         if not all(numbered):
             print(
                 f"{folder}: {each} images a prompt in the order of names; {shown(images[0].name)} is of {prompts[0]!r}",
@@ -101,10 +101,10 @@ def embeddings(files, reward, device):
 
 def number_of(prompt, prompts, where):
     """The number of a prompt that is given as its text or as this number."""
-    return prompts.index(prompt) if prompt in prompts else checked(prompt, prompts, where)
+    return prompts.index(prompt) if prompt in prompts else by_number(prompt, prompts, where)
 
 
-def checked(prompt, prompts, where):
+def by_number(prompt, prompts, where):
     """The number of a prompt, of its digits."""
     if re.fullmatch("[0-9]{1,9}", prompt) and int(prompt) < len(prompts):
         return int(prompt)
